@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up they need: a virtual environment in .venv, from constraints.txt.
+PYTHON ?= python3
+RUN := .venv/bin/python
+# Two processes: the suite is tuned for two cores.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+.PHONY: install demo test test-full lint gpu clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastdit needs Python 3.10 or newer")'
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade pip
+	# torch first and alone: a range in another package would otherwise choose the build.
+	$(RUN) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(RUN) -m fastdit demo
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test: lint
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-full: lint
+	$(PYTEST) -m 'not gpu'
+
+# Everything that needs a GPU; runs from the source tree, uninstalled, with whatever python3 has torch.
+gpu:
+	$(PYTHON) benchmarks/calibrate.py
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Programs that measure; run from the source tree, no part of the installed package."""

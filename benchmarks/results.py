@@ -1,0 +1,248 @@
+"""The result files of all benchmarks: one row per measured number, and what the device can do at most.
+
+A run writes `results/<device>/<date>-<commit>/<part>.json`, which holds `{"schema": 1, "rows": [...]}`. Every row names
+the machine and the source it was measured with, so a row is still understood when it is taken out of its file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SCHEMA = 1
+UNITS = {"bandwidth": "GB/s", "rate": "TFLOP/s", "time": "us"}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number, or the reason why there is none.
+
+    `spread` is the interquartile range of the samples over their median. `ratio` says how many times faster than the
+    provider `baseline` this one is, both measured in turns. `bytes` and `flops` are what one call has to move (each
+    input read once, each output written once) and to compute (twice the multiply-adds). `kernels` are the names of
+    what ran on the device.
+    """
+
+    suite: str
+    case: str
+    provider: str
+    shape: dict[str, int]
+    dtype: str
+    metric: str
+    value: float | None = None
+    spread: float | None = None
+    baseline: str | None = None
+    ratio: float | None = None
+    fraction_of_ceiling: float | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    kernels: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.metric]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the source that a row was measured with."""
+
+    device: str
+    driver: str | None
+    torch: str
+    triton: str | None
+    commit: str
+    date: str
+
+    @classmethod
+    def of(cls, device: torch.device) -> Environment:
+        gpu = device.type == "cuda"
+        return cls(
+            device=torch.cuda.get_device_name(device) if gpu else f"CPU {platform.machine()}",
+            driver=driver_version() if gpu else None,
+            torch=torch.__version__,
+            triton=triton_version(),
+            commit=commit_name(),
+            date=datetime.now(timezone.utc).date().isoformat(),
+        )
+
+    def folder(self, output: Path) -> Path:
+        """Where the files of this device, day and commit lie below `output`."""
+        return output / folder_name(self.device) / f"{self.date}-{self.commit}"
+
+
+def folder_name(device: str) -> str:
+    """`"NVIDIA H200"` becomes `"nvidia-h200"`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def driver_version() -> str | None:
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0].strip() if answer else None
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit_name(root: Path = ROOT) -> str:
+    """The commit that is checked out at `root`, `-dirty` if files differ from it, `unknown` without git."""
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=10", "HEAD")
+    if not commit:
+        return "unknown"
+    # Results are written while measuring; they do not change what is measured.
+    changes = _output(
+        "git", "-C", str(root), "status", "--porcelain", "--", ".", ":!benchmarks/results"
+    )
+    return commit.strip() + ("" if changes == "" else "-dirty")
+
+
+def _output(*command: str) -> str | None:
+    """What the command prints, or None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_rows(path: Path, rows: Iterable[Row], environment: Environment) -> None:
+    """Writes the whole file or nothing: under a temporary name first, then moved into place."""
+    document = {"schema": SCHEMA, "rows": [_record(row, environment) for row in rows]}
+    text = json.dumps(document, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _record(row: Row, environment: Environment) -> dict[str, object]:
+    return {**asdict(row), "unit": row.unit, **asdict(environment)}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of one file, without the environment they were measured in.
+
+    Raises ValueError for a file of another schema.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema={document.get('schema')!r}: allowed is {SCHEMA}")
+    names = Row.__dataclass_fields__
+    return [
+        Row(**{key: value for key, value in record.items() if key in names})
+        for record in document["rows"]
+    ]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best this device was seen to do: copy GB/s by bytes moved, matrix product TFLOP/s by dtype."""
+
+    copy: dict[int, float]
+    matmul: dict[str, float]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Ceilings:
+        copy: dict[int, float] = {}
+        matmul: dict[str, float] = {}
+        for row in rows:
+            if row.value is None:
+                continue
+            if row.suite == "copy" and row.bytes is not None:
+                copy[row.bytes] = max(row.value, copy.get(row.bytes, 0.0))
+            if row.suite == "matmul":
+                matmul[row.dtype] = max(row.value, matmul.get(row.dtype, 0.0))
+        return cls(copy, matmul)
+
+    @classmethod
+    def measured_in(cls, folder: Path, rows: Iterable[Row] = ()) -> Ceilings:
+        """From `rows` and the files `copy.json` and `matmul.json` of the same run, as far as they exist."""
+        files = [path for path in (folder / "copy.json", folder / "matmul.json") if path.exists()]
+        return cls.of([*rows, *(row for path in files for row in read_rows(path))])
+
+    def copy_rate(self, size: int) -> float | None:
+        """GB/s of a copy that moves `size` bytes, interpolated over the logarithm of the size.
+
+        A short kernel is held against a short copy, which does not reach the bandwidth of a long one either.
+        """
+        if not self.copy:
+            return None
+        sizes = sorted(self.copy)
+        return float(
+            np.interp(math.log(size), [math.log(s) for s in sizes], [self.copy[s] for s in sizes])
+        )
+
+    def fill(self, row: Row) -> Row:
+        """`row` with its fraction_of_ceiling, where everything this needs has been measured.
+
+        A bandwidth is held against the copy of the same size (a copy against the best copy), a rate against the best
+        matrix product of its dtype, a time against the longer of the two times that its bytes and its FLOPs need.
+        """
+        copy = (
+            max(self.copy.values(), default=None)
+            if row.suite == "copy"
+            else self.copy_rate(row.bytes or 1)
+        )
+        matmul = self.matmul.get(row.dtype)
+        fraction = None
+        if row.value is None:
+            pass
+        elif row.metric == "bandwidth" and copy:
+            fraction = row.value / copy
+        elif row.metric == "rate" and matmul:
+            fraction = row.value / matmul
+        elif (
+            row.metric == "time"
+            and (row.bytes or row.flops)
+            and (copy or not row.bytes)
+            and (matmul or not row.flops)
+        ):
+            copy_us = row.bytes / copy / 1e3 if row.bytes and copy else 0.0
+            matmul_us = row.flops / matmul / 1e6 if row.flops and matmul else 0.0
+            fraction = max(copy_us, matmul_us) / row.value
+        return replace(row, fraction_of_ceiling=fraction)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A few lines to read: one per case and provider, its shapes side by side, then the reasons for what is missing."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.suite, row.case, row.provider, row.unit), []).append(row)
+    lines = []
+    for (suite, case, provider, unit), members in groups.items():
+        cells = "  ".join(_cell(row, members) for row in members)
+        lines.append(f"{suite:9} {case[:48]:20} {provider:18} {unit:7} {cells}")
+    reasons = Counter(f"{row.suite} {row.provider}: {row.reason}" for row in rows if row.reason)
+    return "\n".join(
+        [*lines, *(f"not measured, {count} x {reason}" for reason, count in reasons.items())]
+    )
+
+
+def _cell(row: Row, members: list[Row]) -> str:
+    """`M=512 420.0 x1.06 55%`: what sets this row apart, value, ratio to its baseline, fraction of the ceiling."""
+    differing = [key for key in row.shape if len({member.shape.get(key) for member in members}) > 1]
+    parts = [f"{','.join(f'{key}={row.shape[key]}' for key in differing)}"] if differing else []
+    parts.append("-" if row.value is None else f"{row.value:.4g}")
+    if row.ratio is not None:
+        parts.append(f"x{row.ratio:.2f}")
+    if row.fraction_of_ceiling is not None:
+        parts.append(f"{row.fraction_of_ceiling:.0%}")
+    return " ".join(parts)

@@ -1,0 +1,39 @@
+"""When a submodule may be passed over: a fused function may do its work, or it has to be called.
+
+LoRA and quantisation replace `nn.Linear`, hooks observe it, accelerate patches its `forward`; all of them expect the
+submodule to be called as the original calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def user_hooks(module: nn.Module) -> list[Any]:
+    """The module's hooks, without those of torch.distributed, which do not look at what passes through."""
+    registered = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return [
+        hook
+        for hooks in registered
+        for hook in hooks.values()
+        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
+    ]
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly a `kind`, its parameters are plain tensors, and nobody listens to its calls."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not user_hooks(module)
+        and all(
+            type(p) in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None
+        )
+    )

@@ -1,0 +1,22 @@
+"""The fused operations. Each is a plain function; which implementation runs is decided by `fastdit.use_backend`.
+
+The names are imported here eagerly: an operation and its module share a name, and a lazy one would be shadowed.
+"""
+
+from .attention import attention
+from .gated_residual import gated_residual
+from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
+from .layer_norm_modulate import layer_norm_modulate
+from .mlp_gelu import mlp_gelu
+from .patchify import patchify
+from .unpatchify import unpatchify
+
+__all__ = [
+    "attention",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "layer_norm_modulate",
+    "mlp_gelu",
+    "patchify",
+    "unpatchify",
+]

@@ -1,0 +1,24 @@
+"""The specification: every operation and the whole DiT in plain torch. It imports nothing else of fastdit."""
+
+from .dit import DiT, sincos_position_embedding
+from .operations import (
+    attention,
+    gated_residual,
+    gated_residual_layer_norm_modulate,
+    layer_norm_modulate,
+    mlp_gelu,
+    patchify,
+    unpatchify,
+)
+
+__all__ = [
+    "DiT",
+    "attention",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "layer_norm_modulate",
+    "mlp_gelu",
+    "patchify",
+    "sincos_position_embedding",
+    "unpatchify",
+]

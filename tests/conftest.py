@@ -1,0 +1,49 @@
+"""What every test gets: one thread, no network, and files of the original's outputs."""
+
+from __future__ import annotations
+
+import os
+
+# Results on CPU depend on the number of threads, and two test processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden_config() -> dict[str, Any]:
+    return json.loads((GOLDEN / "tiny_dit.config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_weights() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "tiny_dit.weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_tensors() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "tiny_dit.tensors.safetensors")
