@@ -9,6 +9,7 @@ not say which model it belongs to (the number of heads leaves no trace in any sh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +88,9 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, source: PathLi
 def latest_checkpoint(run_folder: PathLike) -> Path:
     """The newest checkpoint folder of a run, `checkpoints/step-XXXXXXXX` with the highest step.
 
-    A checkpoint gets this name when it is complete; other names do not count. Raises FileNotFoundError if there is none.
+    A checkpoint gets this name when it is complete; other names do not count.
+
+    Raises FileNotFoundError if there is none.
     """
     folder = Path(run_folder) / "checkpoints"
     found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
@@ -108,7 +111,9 @@ def load_description(path: PathLike) -> dict[str, Any]:
         raise ValueError(f"{file}: format={found!r}, expected {FORMAT}")
     for name, kind in {"model": dict, "classes": list, "diffusion": dict, "images": dict}.items():
         if not isinstance(description.get(name), kind):
-            raise ValueError(f"{file}: {name}={description.get(name)!r}, expected a {kind.__name__}")
+            raise ValueError(
+                f"{file}: {name}={description.get(name)!r}, expected a {kind.__name__}"
+            )
     return description
 
 
@@ -187,8 +192,15 @@ def _mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if expected == found:
         return None
-    if isinstance(model, DiT) and (reason := _differing_argument(expected, found)):
-        return reason
+    if isinstance(model, DiT):
+        null = model.null_label is not None
+        in_model, in_checkpoint = _arguments(expected, null), _arguments(found, null)
+        for name, value in in_checkpoint.items():
+            if name in in_model and in_model[name] != value:
+                reason = f"checkpoint has {name}={value}, model has {in_model[name]}"
+                if name == "num_classes" and abs(value - in_model[name]) == 1:
+                    reason += " (or only one of the two has a null class)"
+                return reason
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     if missing or unexpected:
@@ -203,35 +215,37 @@ def _first(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
-def _differing_argument(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> str | None:
-    """The first constructor argument of DiT in which two lists of shapes differ, in words."""
-    model, checkpoint = _arguments(expected), _arguments(found)
-    for name, value in model.items():
-        if name in checkpoint and checkpoint[name] != value:
-            return f"checkpoint has {name}={checkpoint[name]}, model has {value}"
-    return None
+def _arguments(shapes: Mapping[str, tuple[int, ...]], null: bool) -> dict[str, Any]:
+    """What the shapes of a DiT tell of its constructor's arguments, as far as the names are there.
 
-
-def _arguments(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the shapes tell of DiT's constructor arguments, as far as the names are there."""
+    Whether the label table's last row is the null class cannot be seen; `null` says what to assume.
+    """
     arguments: dict[str, Any] = {}
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...] | None:
+        found = shapes.get(name, ())
+        return found if len(found) == dimensions else None
+
     if "blocks.0.cross_attn.q.weight" in shapes:
         arguments["conditioning"] = "cross_attention"
     elif "blocks.0.norm1.weight" in shapes:
         arguments["conditioning"] = "in_context"
-    elif modulation := shapes.get("blocks.0.adaLN_modulation.1.weight"):
-        arguments["conditioning"] = {6: "adaln_zero", 4: "adaln"}.get(modulation[0] // modulation[1])
-    proj, table = shapes.get("x_embedder.proj.weight"), shapes.get("y_embedder.embedding_table.weight")
-    if proj:
-        arguments |= {"hidden_size": proj[0], "in_channels": proj[1], "patch_size": proj[2]}
+    elif modulation := shape("blocks.0.adaLN_modulation.1.weight", 2):
+        gated = modulation[0] == 6 * modulation[1]
+        arguments["conditioning"] = "adaln_zero" if gated else "adaln"
     blocks = [int(key.split(".")[1]) for key in shapes if re.match(r"blocks\.\d+\.", key)]
     arguments["depth"] = max(blocks, default=-1) + 1
-    if fc1 := shapes.get("blocks.0.mlp.fc1.weight"):
-        arguments["mlp_ratio"] = fc1[0] / fc1[1]
-    if proj and (final := shapes.get("final_layer.linear.weight")):
-        arguments["learn_sigma"] = final[0] == 2 * proj[1] * proj[2] ** 2
-    if proj and (position := shapes.get("pos_embed")):
-        arguments["tokens"] = position[1]
+    if fc1 := shape("blocks.0.mlp.fc1.weight", 2):
+        arguments |= {"hidden_size": fc1[1], "mlp_ratio": fc1[0] / fc1[1]}
+    if table := shape("y_embedder.embedding_table.weight", 2):
+        arguments["num_classes"] = table[0] - null
+    if proj := shape("x_embedder.proj.weight", 4):
+        _, channels, patch_size, _ = proj
+        arguments |= {"in_channels": channels, "patch_size": patch_size}
+        if final := shape("final_layer.linear.weight", 2):
+            arguments["learn_sigma"] = final[0] == 2 * channels * patch_size**2
+        if position := shape("pos_embed", 3):
+            side = math.isqrt(position[1])
+            square = side * side == position[1]
+            arguments["input_size"] = side * patch_size if square else f"({position[1]} tokens)"
     return arguments

@@ -245,10 +245,8 @@ def _labels(labels: Sequence[int] | Tensor, model: DiT) -> Tensor:
     return y
 
 
-def _diffusion(
-    model: DiT, steps: int, sampler: str, options: dict[str, Any]
-) -> GaussianDiffusion:
-    known = [name for name in inspect.signature(create_diffusion).parameters][1:]
+def _diffusion(model: DiT, steps: int, sampler: str, options: dict[str, Any]) -> GaussianDiffusion:
+    known = list(inspect.signature(create_diffusion).parameters)[1:]
     for name in options:
         if name not in known:
             own = [*inspect.signature(sample).parameters, *known]
@@ -270,16 +268,16 @@ def _diffusion(
 
 
 def _cfg_scale(cfg_scale: float | Tensor, model: DiT, count: int) -> float | Tensor:
-    """`cfg_scale` as a float, or as a float32 tensor (N,)."""
+    """`cfg_scale` as a float or as a tensor (N,), checked."""
     if isinstance(cfg_scale, Tensor) and cfg_scale.ndim > 0:
         if cfg_scale.shape != (count,):
             raise ValueError(
                 f"cfg_scale: expected a number or shape ({count},), one for each label, got shape "
                 f"{tuple(cfg_scale.shape)}"
             )
-        scale: float | Tensor = cfg_scale.detach().float()
-        if not bool(torch.isfinite(scale).all()):
+        if not bool(torch.isfinite(cfg_scale).all()):
             raise ValueError(f"cfg_scale={cfg_scale}: allowed are finite numbers")
+        scale: float | Tensor = cfg_scale.detach()
     else:
         number = cfg_scale.item() if isinstance(cfg_scale, Tensor) else cfg_scale
         scale = _require_number("cfg_scale", number)

@@ -48,7 +48,7 @@ def test_timestep_out_of_range(call: Callable[..., Any], step: int) -> None:
 @every_call
 @pytest.mark.parametrize("t", [T / 10, T.bool(), T.to(torch.uint8), [0, 5, 9], 5])
 def test_timesteps_of_another_type(call: Callable[..., Any], t: Any) -> None:
-    with pytest.raises(TypeError, match="^t: expected an int64 tensor"):
+    with pytest.raises(TypeError, match=r"^t: expected an int64 tensor"):
         call(X, t)
 
 
@@ -68,7 +68,7 @@ def test_timesteps_on_another_device(call: Callable[..., Any]) -> None:
 @every_call
 @pytest.mark.parametrize("x", [X.long(), X.to(torch.complex64), X.tolist()])
 def test_x_of_another_type(call: Callable[..., Any], x: Any) -> None:
-    with pytest.raises(TypeError, match="^x(_start|_t)?: expected a"):
+    with pytest.raises(TypeError, match=r"^x(_start|_t)?: expected a"):
         call(x, T)
 
 
@@ -113,17 +113,17 @@ def test_model_with_the_wrong_channels(learn_sigma: bool, channels: int, message
 
 @pytest.mark.parametrize("wrong", [X[:2], X[:, :1], X[None]])
 def test_noise_of_another_shape(wrong: Tensor) -> None:
-    with pytest.raises(ValueError, match="^noise has shape"):
+    with pytest.raises(ValueError, match=r"^noise has shape"):
         DIFFUSION.q_sample(X, T, wrong)
-    with pytest.raises(ValueError, match="^noise has shape"):
+    with pytest.raises(ValueError, match=r"^noise has shape"):
         DIFFUSION.training_losses(_never, X, T, noise=wrong)
     for step in (DIFFUSION.p_sample, DIFFUSION.ddim_sample):
-        with pytest.raises(ValueError, match="^step_noise has shape"):
+        with pytest.raises(ValueError, match=r"^step_noise has shape"):
             step(smooth_model(), X, T, step_noise=wrong)
 
 
 def test_x_start_of_another_shape_than_x_t() -> None:
-    with pytest.raises(ValueError, match="^x_start has shape"):
+    with pytest.raises(ValueError, match=r"^x_start has shape"):
         DIFFUSION.q_posterior_mean_variance(X[:, :1], X, T)
 
 
@@ -161,7 +161,7 @@ def test_wrong_start_of_a_loop(
 
 
 def test_wrong_generator_of_a_step() -> None:
-    with pytest.raises(TypeError, match="^generator"):
+    with pytest.raises(TypeError, match=r"^generator"):
         DIFFUSION.p_sample(smooth_model(), X, T, generator=[torch.Generator()])
 
 

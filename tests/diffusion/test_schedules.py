@@ -108,7 +108,7 @@ def test_respacing_of_another_type(respacing: object) -> None:
 
 
 def test_schedule_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="noise_schedule='squaredcos'.*did you mean 'squaredcos_c"):
+    with pytest.raises(ValueError, match=r"noise_schedule='squaredcos'.*mean 'squaredcos_cap"):
         create_diffusion("", noise_schedule="squaredcos")
 
 
