@@ -31,10 +31,11 @@ test: lint
 test-full: lint
 	$(PYTEST) -m 'not gpu'
 
-# Everything that needs a GPU; runs from the source tree, uninstalled, with whatever python3 has torch.
+# Everything that needs a GPU; runs from the source tree, uninstalled, with the torch that python3 has (whose warnings are
+# not this project's).
 gpu:
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider -o filterwarnings=default tests/test_gpu.py tests/benchmarks
 	$(PYTHON) benchmarks/calibrate.py
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """The result files of all benchmarks: one row per measured number, and what the device can do at most.
 
-A run writes `results/<device>/<date>-<commit>/<part>.json`, which holds `{"schema": 1, "rows": [...]}`. Every row names
-the machine and the source it was measured with, so a row is still understood when it is taken out of its file.
+A run writes `results/<device>/<date>-<commit>/<part>.json`: `{"schema": 1, "rows": [...]}`. Every row
+names the machine and the source it was measured with, so it is understood outside its file, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 class Row:
     """One measured number, or the reason why there is none.
 
-    `spread` is the interquartile range of the samples over their median. `ratio` says how many times faster than the
-    provider `baseline` this one is, both measured in turns. `bytes` and `flops` are what one call has to move (each
-    input read once, each output written once) and to compute (twice the multiply-adds). `kernels` are the names of
-    what ran on the device.
+    `spread` is the interquartile range of the samples over their median. `ratio` says how many times
+    faster than the provider `baseline` this one is, both measured in turns. `bytes` and `flops` are
+    what one call has to move (each input read once, each output written once) and to compute (twice
+    the multiply-adds). `kernels` are the names of what ran on the device.
     """
 
     suite: str
@@ -58,6 +58,9 @@ class Row:
         return UNITS[self.metric]
 
 
+# ------------------------------------------------------------------------------- where it was measured
+
+
 @dataclass(frozen=True)
 class Environment:
     """The machine and the source that a row was measured with."""
@@ -69,21 +72,21 @@ class Environment:
     commit: str
     date: str
 
-    @classmethod
-    def of(cls, device: torch.device) -> Environment:
-        gpu = device.type == "cuda"
-        return cls(
-            device=torch.cuda.get_device_name(device) if gpu else f"CPU {platform.machine()}",
-            driver=driver_version() if gpu else None,
-            torch=torch.__version__,
-            triton=triton_version(),
-            commit=commit_name(),
-            date=datetime.now(timezone.utc).date().isoformat(),
-        )
-
     def folder(self, output: Path) -> Path:
         """Where the files of this device, day and commit lie below `output`."""
         return output / folder_name(self.device) / f"{self.date}-{self.commit}"
+
+
+def environment_of(device: torch.device) -> Environment:
+    gpu = device.type == "cuda"
+    return Environment(
+        device=torch.cuda.get_device_name(device) if gpu else f"CPU {platform.machine()}",
+        driver=driver_version() if gpu else None,
+        torch=torch.__version__,
+        triton=triton_version(),
+        commit=commit_name(ROOT),
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )
 
 
 def folder_name(device: str) -> str:
@@ -103,15 +106,14 @@ def triton_version() -> str | None:
         return None
 
 
-def commit_name(root: Path = ROOT) -> str:
-    """The commit that is checked out at `root`, `-dirty` if files differ from it, `unknown` without git."""
+def commit_name(root: Path) -> str:
+    """What is checked out at `root`, with `-dirty` if files differ from it; `unknown` without git."""
     commit = _output("git", "-C", str(root), "rev-parse", "--short=10", "HEAD")
     if not commit:
         return "unknown"
     # Results are written while measuring; they do not change what is measured.
-    changes = _output(
-        "git", "-C", str(root), "status", "--porcelain", "--", ".", ":!benchmarks/results"
-    )
+    status = ("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changes = _output("git", "-C", str(root), *status)
     return commit.strip() + ("" if changes == "" else "-dirty")
 
 
@@ -123,18 +125,17 @@ def _output(*command: str) -> str | None:
         return None
 
 
+# ------------------------------------------------------------------------------------------- the files
+
+
 def write_rows(path: Path, rows: Iterable[Row], environment: Environment) -> None:
     """Writes the whole file or nothing: under a temporary name first, then moved into place."""
-    document = {"schema": SCHEMA, "rows": [_record(row, environment) for row in rows]}
-    text = json.dumps(document, indent=1, allow_nan=False)
+    records = [{**asdict(row), "unit": row.unit, **asdict(environment)} for row in rows]
+    text = json.dumps({"schema": SCHEMA, "rows": records}, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _record(row: Row, environment: Environment) -> dict[str, object]:
-    return {**asdict(row), "unit": row.unit, **asdict(environment)}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -145,16 +146,16 @@ def read_rows(path: Path) -> list[Row]:
     document = json.loads(path.read_text(encoding="utf-8"))
     if document.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema={document.get('schema')!r}: allowed is {SCHEMA}")
-    names = Row.__dataclass_fields__
-    return [
-        Row(**{key: value for key, value in record.items() if key in names})
-        for record in document["rows"]
-    ]
+    names = [each.name for each in fields(Row)]
+    return [Row(**{name: record[name] for name in names}) for record in document["rows"]]
+
+
+# ---------------------------------------------------------------------------------------- the ceilings
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best this device was seen to do: copy GB/s by bytes moved, matrix product TFLOP/s by dtype."""
+    """The best a device was seen to do: copies in GB/s by bytes moved, products in TFLOP/s by dtype."""
 
     copy: dict[int, float]
     matmul: dict[str, float]
@@ -164,82 +165,74 @@ class Ceilings:
         copy: dict[int, float] = {}
         matmul: dict[str, float] = {}
         for row in rows:
-            if row.value is None:
-                continue
-            if row.suite == "copy" and row.bytes is not None:
+            if row.suite == "copy" and row.bytes and row.value:
                 copy[row.bytes] = max(row.value, copy.get(row.bytes, 0.0))
-            if row.suite == "matmul":
+            if row.suite == "matmul" and row.value:
                 matmul[row.dtype] = max(row.value, matmul.get(row.dtype, 0.0))
         return cls(copy, matmul)
-
-    @classmethod
-    def measured_in(cls, folder: Path, rows: Iterable[Row] = ()) -> Ceilings:
-        """From `rows` and the files `copy.json` and `matmul.json` of the same run, as far as they exist."""
-        files = [path for path in (folder / "copy.json", folder / "matmul.json") if path.exists()]
-        return cls.of([*rows, *(row for path in files for row in read_rows(path))])
 
     def copy_rate(self, size: int) -> float | None:
         """GB/s of a copy that moves `size` bytes, interpolated over the logarithm of the size.
 
-        A short kernel is held against a short copy, which does not reach the bandwidth of a long one either.
+        A short kernel is held against a short copy, which does not reach full bandwidth either.
         """
         if not self.copy:
             return None
         sizes = sorted(self.copy)
-        return float(
-            np.interp(math.log(size), [math.log(s) for s in sizes], [self.copy[s] for s in sizes])
-        )
+        logarithms = [math.log(each) for each in sizes]
+        return float(np.interp(math.log(size), logarithms, [self.copy[each] for each in sizes]))
 
-    def fill(self, row: Row) -> Row:
-        """`row` with its fraction_of_ceiling, where everything this needs has been measured.
+    def fraction(self, row: Row) -> float | None:
+        """What part of the ceiling `row` reaches, or None where the ceiling has not been measured.
 
-        A bandwidth is held against the copy of the same size (a copy against the best copy), a rate against the best
-        matrix product of its dtype, a time against the longer of the two times that its bytes and its FLOPs need.
+        A bandwidth is held against the copy of the same size (a copy against the best copy), a rate
+        against the best product of its dtype, a time against the longer of the two times that its
+        bytes and its FLOPs need.
         """
-        copy = (
-            max(self.copy.values(), default=None)
-            if row.suite == "copy"
-            else self.copy_rate(row.bytes or 1)
-        )
-        matmul = self.matmul.get(row.dtype)
-        fraction = None
         if row.value is None:
-            pass
-        elif row.metric == "bandwidth" and copy:
-            fraction = row.value / copy
-        elif row.metric == "rate" and matmul:
-            fraction = row.value / matmul
-        elif (
-            row.metric == "time"
-            and (row.bytes or row.flops)
-            and (copy or not row.bytes)
-            and (matmul or not row.flops)
-        ):
-            copy_us = row.bytes / copy / 1e3 if row.bytes and copy else 0.0
-            matmul_us = row.flops / matmul / 1e6 if row.flops and matmul else 0.0
-            fraction = max(copy_us, matmul_us) / row.value
-        return replace(row, fraction_of_ceiling=fraction)
+            return None
+        if row.suite == "copy":
+            return row.value / max(self.copy.values())
+        copy = self.copy_rate(row.bytes) if row.bytes else None
+        matmul = self.matmul.get(row.dtype) if row.flops else None
+        if row.metric == "bandwidth":
+            return row.value / copy if copy else None
+        if row.metric == "rate":
+            return row.value / matmul if matmul else None
+        copy_us = (row.bytes or 0) / copy / 1e3 if copy else None
+        matmul_us = (row.flops or 0) / matmul / 1e6 if matmul else None
+        if (row.bytes and copy_us is None) or (row.flops and matmul_us is None):
+            return None
+        floor = max(copy_us or 0.0, matmul_us or 0.0)
+        return floor / row.value if floor else None
+
+
+def with_fractions(rows: Sequence[Row], measured: Iterable[Row]) -> list[Row]:
+    """`rows` with their fraction_of_ceiling, the ceilings being the best of `measured`."""
+    ceilings = Ceilings.of(measured)
+    return [replace(row, fraction_of_ceiling=ceilings.fraction(row)) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------ to be read
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A few lines to read: one per case and provider, its shapes side by side, then the reasons for what is missing."""
+    """A line per case and provider, its shapes side by side, then the reasons for what is missing."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.suite, row.case, row.provider, row.unit), []).append(row)
     lines = []
     for (suite, case, provider, unit), members in groups.items():
         cells = "  ".join(_cell(row, members) for row in members)
-        lines.append(f"{suite:9} {case[:48]:20} {provider:18} {unit:7} {cells}")
-    reasons = Counter(f"{row.suite} {row.provider}: {row.reason}" for row in rows if row.reason)
-    return "\n".join(
-        [*lines, *(f"not measured, {count} x {reason}" for reason, count in reasons.items())]
-    )
+        lines.append(f"{suite:9} {case[:48]:18} {provider:17} {unit:7} {cells}")
+    missing = Counter(f"{row.suite} {row.provider}: {row.reason}" for row in rows if row.reason)
+    return "\n".join([*lines, *(f"not measured, {n} x {reason}" for reason, n in missing.items())])
 
 
 def _cell(row: Row, members: list[Row]) -> str:
-    """`M=512 420.0 x1.06 55%`: what sets this row apart, value, ratio to its baseline, fraction of the ceiling."""
-    differing = [key for key in row.shape if len({member.shape.get(key) for member in members}) > 1]
-    parts = [f"{','.join(f'{key}={row.shape[key]}' for key in differing)}"] if differing else []
+    """`M=512 420 x1.06 55%`: what sets the row apart, its value, ratio and fraction of the ceiling."""
+    varying = [key for key in row.shape if len({each.shape.get(key) for each in members}) > 1]
+    parts = [",".join(f"{key}={row.shape[key]}" for key in varying)] if varying else []
     parts.append("-" if row.value is None else f"{row.value:.4g}")
     if row.ratio is not None:
         parts.append(f"x{row.ratio:.2f}")

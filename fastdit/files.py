@@ -100,7 +100,10 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinities, which JSON does not have."""
+    """Writes `value` as indented JSON, atomically.
+
+    Raises ValueError for NaN and infinities, which JSON does not have, and TypeError for what has no form in JSON.
+    """
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastdit.data.sampler import Key, split_key
+from .sampler import Key, split_key
 
 
 class Digits(Dataset[tuple[Tensor, int]]):

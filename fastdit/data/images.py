@@ -18,14 +18,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastdit.data.sampler import Key, derived_seed, split_key
-from fastdit.validation import require_choice
+from ..validation import require_choice
+from .sampler import Key, derived_seed, split_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MIN_SIDE = 8
+# What Pillow's decoders raise for damaged files. Not every Exception: running out of memory is no bad image.
+DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +100,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self.paths: list[str] = []
         self.labels: list[int] = []
         for label, name in enumerate(self.classes):
-            ancestors = (os.path.realpath(root),)
-            paths = list(self._images_below(folders[name], ancestors))
+            paths = list(self._images_below(folders[name], (os.path.realpath(root),)))
             if not paths:
                 raise ValueError(
                     f"root={str(root)!r}: class folder {folders[name]!r} holds no image"
@@ -146,7 +158,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             else:
                 folders[name] = entry.path
         if not folders:
-            raise ValueError(f"{root}: no class folders; expected {root[6:-1]}/<class>/<image>")
+            raise ValueError(f"{root}: no class folders; expected {self.root}/<class>/<image>")
         return folders
 
     def _images_below(self, folder: str, ancestors: tuple[str, ...]) -> Iterator[str]:
@@ -193,19 +205,13 @@ def _read_image(path: str, channels: int, size: int) -> Image:
         data = Path(path).read_bytes()
     except OSError as error:  # A failing read, unlike a failing open, does not name the file.
         raise OSError(error.errno, error.strerror, path) from error
-    # What Pillow's decoders raise for damaged files. Not every Exception: running out of memory is no bad image.
-    damaged = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            opened = pillow.open(io.BytesIO(data))
-        _require_size(opened, size)
-        return _convert(opened, channels)
-    except (
-        *damaged,
-        *(OverflowError, struct.error, zlib.error),
-        *(pillow.DecompressionBombWarning, pillow.DecompressionBombError),
-    ) as error:
+            image = pillow.open(io.BytesIO(data))
+        _require_size(image, size)
+        return _convert(image, channels)
+    except (*DAMAGED, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         reason = "the file is empty" if not data else str(error) or type(error).__name__
         raise ValueError(f"{path}: not a usable image: {reason}") from error
 

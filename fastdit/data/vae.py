@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from fastdit.validation import require_floating, require_same_device
+from ..validation import require_floating, require_same_device
 
 
 class VAE:

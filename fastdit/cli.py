@@ -1,0 +1,282 @@
+"""The command `fastdit`: train, sample, info and demo.
+
+Every option is a field of a dataclass, and its docstring the help. What a user can have done wrong is answered in one
+line on stderr and exit status 2; `--traceback` (or FASTDIT_TRACEBACK=1) shows where it happened. Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._version import __version__
+from .backend import active_backend, describe
+from .data import VAE
+from .demo import demo
+from .files import write_json
+from .sampling import Images, output_kind, sample, to_uint8, write_samples
+from .training import TrainConfig, train
+from .validation import nearest, require_choice
+from .weights import load_description, load_model
+
+try:
+    import tyro
+except ImportError:  # `main` says so; the options' annotations are read by tyro alone
+    tyro = None  # type: ignore[assignment]
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "triton",
+    "diffusers",
+    "scikit-learn",
+    "pillow",
+    "tyro",
+)
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+
+
+@dataclass
+class SampleConfig:
+    """Draws images of a trained model and writes them to disk, with what was asked for in OUT.json beside them."""
+
+    run: tyro.conf.Positional[str]
+    """A run folder (its newest checkpoint is taken), a checkpoint folder, or a .safetensors file with model.json beside
+    it."""
+    num: int = 64
+    """How many images."""
+    labels: tuple[str, ...] = ()
+    """Classes to draw, by name or number, separated by spaces or commas, and repeated in turn up to --num images. Names
+    come before numbers. Default: all classes."""
+    cfg_scale: float = 1.5
+    """Guidance: 1 is none, more is closer to the class and less varied."""
+    cfg_channels: Literal[3, "all"] = 3
+    """Guide the first three channels, as the original does, or all."""
+    steps: int = 250
+    """Denoising steps, 1 to 1000."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """How a step is made."""
+    eta: float = 0.0
+    """Share of noise in a DDIM step, 0 to 1."""
+    seed: int = 0
+    """The same seed and batch size give the same images."""
+    batch_size: int = 64
+    """Images that are drawn together."""
+    which: Literal["ema", "model"] = "ema"
+    """The averaged weights or the trained ones."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1. auto is CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the model under autocast; the state between the steps is float32 either way."""
+    out: str = "samples.png"
+    """x.png: a grid. x.npz: arr_0 uint8 (N, H, W, C) and arr_1 int64 labels. Anything without an ending: a new folder
+    of single PNGs with labels.json."""
+
+
+@dataclass
+class InfoConfig:
+    """Shows versions, devices, and which backends can run here."""
+
+    json: bool = False
+    """As JSON."""
+
+
+@dataclass
+class DemoConfig:
+    """Trains a small model on handwritten digits, draws a grid of them and writes a short report, in a few minutes."""
+
+    out: str = "runs/demo"
+    """The run folder. An earlier demo in it is replaced."""
+    steps: int = 1800
+    """Updates of the weights."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; ends the process by SystemExit unless all went well."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in args or os.environ.get("FASTDIT_TRACEBACK") == "1"
+    args = [argument for argument in args if argument != "--traceback"]
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        if traceback:
+            raise
+        print("fastdit: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except USER_ERRORS as error:
+        if traceback:
+            raise
+        print(f"fastdit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(args: Sequence[str]) -> None:
+    """Parses and carries out one command."""
+    if tyro is None:
+        raise ImportError('the command line needs tyro: pip install "fastdit[cli]"')
+    commands: dict[str, tuple[type, Callable[[Any], None]]] = {
+        "train": (TrainConfig, run_train),
+        "sample": (SampleConfig, run_sample),
+        "info": (InfoConfig, run_info),
+        "demo": (DemoConfig, run_demo),
+    }
+    if args and not args[0].startswith("-"):
+        require_choice("command", args[0], commands)
+    choices = [
+        Annotated[config, tyro.conf.subcommand(name)] for name, (config, _) in commands.items()
+    ]
+    config = tyro.cli(
+        Union[tuple(choices)],  # type: ignore[arg-type]  # noqa: UP007
+        prog="fastdit",
+        description=f"fastdit {__version__}: Diffusion Transformers. Errors are one line; --traceback shows where.",
+        args=args,
+    )
+    next(function for kind, function in commands.values() if isinstance(config, kind))(config)
+
+
+def run_train(config: TrainConfig) -> None:
+    print(train(config))
+
+
+def run_demo(config: DemoConfig) -> None:
+    demo(config.out, steps=config.steps)
+
+
+# ------------------------------------------------------------------ sample
+
+
+def run_sample(config: SampleConfig) -> None:
+    output_kind(config.out)  # a wrong --out is known before hours of sampling
+    if config.num < 1:
+        raise ValueError(f"num={config.num}: must be at least 1")
+    device = choose_device(config.device)
+    description = load_description(config.run)
+    model = load_model(config.run, which=config.which, device=device)
+    classes = description["classes"] or [str(label) for label in range(model.num_classes)]
+    labels = choose_labels(config.labels, classes, config.num)
+
+    space = description["images"]
+    decode: Callable[[Tensor], Tensor] = lambda images: images  # noqa: E731
+    if space["space"] == "latents":
+        vae = VAE(space["vae"], device=device, scaling_factor=space["scaling_factor"])
+        decode = vae.decode
+    blocks: list[Images] = []
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        sample(
+            model,
+            labels,
+            steps=config.steps,
+            sampler=config.sampler,
+            eta=config.eta,
+            cfg_scale=config.cfg_scale,
+            cfg_channels=config.cfg_channels,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            callback=lambda _, block: blocks.append(to_uint8(decode(block))),
+            **description["diffusion"],
+        )
+    write_samples(np.concatenate(blocks), labels, config.out)
+    write_json(f"{config.out}.json", dataclasses.asdict(config) | {"class_numbers": labels})
+    print(config.out)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r}: allowed are 'auto', 'cpu', 'cuda', 'cuda:1'")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_labels(names: Sequence[str], classes: Sequence[str], num: int) -> list[int]:
+    """`num` class numbers: those that `names` stand for in turn, or all classes in turn."""
+    labels = []
+    for name in names:
+        # A class name may hold spaces and commas itself.
+        for part in [name] if name in classes else filter(None, re.split(r"[,\s]+", name)):
+            labels.append(_label(part, classes))
+    labels = labels or list(range(len(classes)))
+    return [labels[i % len(labels)] for i in range(num)]
+
+
+def _label(name: str, classes: Sequence[str]) -> int:
+    if name in classes:
+        return classes.index(name)
+    if re.fullmatch(r"-?\d+", name):
+        return int(name)
+    raise ValueError(f"labels={name!r}: no such class{nearest(name, classes)}")
+
+
+# ------------------------------------------------------------------ info
+
+
+def run_info(config: InfoConfig) -> None:
+    found = information()
+    print(json.dumps(found, indent=2) if config.json else as_text(found))
+
+
+def information() -> dict[str, Any]:
+    """Versions, devices and backends of this machine."""
+    versions = {"fastdit": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": found.name,
+                "capability": f"{found.major}.{found.minor}",
+                "memory_GiB": round(found.total_memory / 2**30, 1),
+            }
+        )
+    return {
+        "versions": versions,
+        "devices": devices,
+        "backend": active_backend(),
+        "backends": {
+            name: {"usable": not reasons, "reasons": reasons} for name, reasons in describe()
+        },
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    lines = [f"{name:14}{version}" for name, version in found["versions"].items()]
+    lines.append("")
+    for device in found["devices"]:
+        rest = ", ".join(f"{key} {value}" for key, value in device.items() if key != "device")
+        lines.append(f"{device['device']:14}{rest}")
+    lines += ["", f"{'backend':14}{found['backend']}"]
+    for name, backend in found["backends"].items():
+        lines.append(
+            f"  {name:12}{'usable' if backend['usable'] else '; '.join(backend['reasons'])}"
+        )
+    return "\n".join(lines)
