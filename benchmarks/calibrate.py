@@ -175,7 +175,7 @@ def linear_products(m: int, k: int, n: int) -> dict[str, Product]:
     """What y = x W^T, with x (M, K) and W (N, K), computes forward and backward."""
     return {
         "forward": Product(m, k, n, False, True),  # x W^T
-        "dgrad": Product(m, n, k, False, False),  # dy W
+        "dgrad": Product(m, k, n, False, False),  # dy W
         "wgrad": Product(n, m, k, True, False),  # dy^T x
     }
 
@@ -213,8 +213,10 @@ def matmul_candidates(bench: Bench, product: Product) -> list[Candidate]:
 
         def run(i: int) -> Tensor:
             (a, a_scale), (b, b_scale) = sets[i % len(sets)]
-            options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-            return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), **options)
+            scales = (a_scale, b_scale.t())
+            return torch._scaled_mm(
+                a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
 
         def error() -> float:
             (a, a_scale), (b, b_scale) = sets[0]

@@ -7,7 +7,6 @@ whether the drawn digits are copies of real ones.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from .data import Digits
 from .files import PathLike, atomic_file, read_json, write_json, write_text
 from .sampling import Images, sample, save_grid, to_uint8
 from .training import TrainConfig, train
+from .training.metrics import read_metrics
+from .training.plots import COLOR, smoothed
 from .weights import load_description, load_model
 
 CFG_SCALE = 2.0
@@ -60,7 +60,7 @@ def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
     images = to_uint8(drawn)
     save_grid(images, folder / "samples.png", columns=PER_CLASS)
 
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(folder / "metrics.jsonl")
     report = {
         "run": str(folder),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -98,9 +98,9 @@ def label_agreement(images: Images, labels: Sequence[int] | npt.NDArray[np.int64
 def nearest_neighbours(images: Images) -> dict[str, float]:
     """Whether drawn digits (N, 8, 8, 1) uint8 are copies of real ones.
 
-    Euclidean distances over the 64 pixels from 0 to 16: the median over drawn digits to the nearest real one, the median
-    over real digits to the nearest other real one, and the share of drawn digits that are nearer to a real one than the
-    closest pair of real digits is. Copies would give a first number far below the second, and a share above 0.
+    Euclidean distances over the 64 pixels from 0 to 16: the median over drawn digits to the nearest real one, the
+    median over real digits to the nearest other real one, and the share of drawn digits that are nearer to a real one
+    than the closest pair of real digits is. Copies would give a first number far below the second, and a share above 0.
     """
     real = _pixels(to_uint8(Digits().images))
     drawn = _distances(_pixels(images), real).min(1)
@@ -160,19 +160,28 @@ def _make_way(folder: Path, config: TrainConfig) -> None:
 
 
 def _as_markdown(report: dict[str, Any]) -> str:
-    neighbours = report["neighbours"]
-    copies = neighbours["share_nearer_than_closest_real_pair"]
+    near = report["neighbours"]
+    rows = {
+        "Parameters": f"{report['parameters']:,}",
+        "Training": f"{report['steps']:,} steps in {report['training_seconds']:.0f} s,"
+        f" {report['steps_per_second']:.1f} steps/s",
+        "Loss at the end": f"{report['loss']:.3f}",
+        "Sampling": f"{report['samples']} images in {report['sampling_seconds']:.1f} s,"
+        f" {report['sampling_steps']} DDPM steps with guidance {report['cfg_scale']:g}",
+        "Read as the class asked for": f"{report['label_agreement']:.0%} of the images, by an SVC trained on the real"
+        " digits",
+        "Distance to the nearest real digit": f"{near['median_to_real']:.1f} (median); between a real digit and the"
+        f" nearest other one {near['median_between_real']:.1f}",
+        "Nearer to a real digit than any two real digits are": "{:.0%} of the images".format(
+            near["share_nearer_than_closest_real_pair"]
+        ),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""# Handwritten digits, drawn by a small DiT
 
 | | |
 |---|---|
-| Parameters | {report["parameters"]:,} |
-| Training | {report["steps"]:,} steps in {report["training_seconds"]:.0f} s, {report["steps_per_second"]:.1f} steps/s |
-| Loss at the end | {report["loss"]:.3f} |
-| Sampling | {report["samples"]} images in {report["sampling_seconds"]:.1f} s: {report["sampling_steps"]} DDPM steps, guidance {report["cfg_scale"]:g} |
-| Read as the class asked for | {report["label_agreement"]:.0%} of the images, by an SVC trained on the real digits |
-| Distance to the nearest real digit | {neighbours["median_to_real"]:.1f} (median); from a real digit to the nearest other one {neighbours["median_between_real"]:.1f} |
-| Nearer to a real digit than any two real digits | {copies:.0%} of the images |
+{table}
 
 `samples.png` has a row for each class. More of them:
 

@@ -50,18 +50,19 @@ BACKWARD = Operation(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, branch, gate = inputs
-    ctx.save_for_backward(branch, gate)
+class GatedResidual(torch.autograd.Function):
+    """The operator and its backward. It keeps branch and gate."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+        ctx.save_for_backward(branch, gate)
+        return torch.ops.fastdit.gated_residual(x, branch, gate)
 
-def _autograd(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    branch, gate = ctx.saved_tensors
-    dbranch, dgate = torch.ops.fastdit.gated_residual_backward(dx, branch, gate)
-    return dx, dbranch, None if gate is None else dgate
-
-
-torch.library.register_autograd("fastdit::gated_residual", _autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        branch, gate = ctx.saved_tensors
+        dbranch, dgate = torch.ops.fastdit.gated_residual_backward(dx, branch, gate)
+        return dx, dbranch, None if gate is None else dgate
 
 
 def require_branch(x: Tensor, branch: Tensor) -> None:
@@ -85,4 +86,4 @@ def gated_residual(x: Tensor, branch: Tensor, *, gate: Tensor | None = None) -> 
     require_modulation(x, gate=gate)
     if FORWARD.choose(x.device) == "reference":
         return reference.gated_residual(x, branch, gate=gate)
-    return torch.ops.fastdit.gated_residual(x, branch, gate)
+    return GatedResidual.apply(x, branch, gate)

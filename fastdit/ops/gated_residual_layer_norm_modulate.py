@@ -101,34 +101,41 @@ BACKWARD = Operation(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, _ = inputs
-    x_new, _, mean, rstd = output
-    ctx.save_for_backward(x_new, branch, gate, shift, scale, mean, rstd)
+class GatedResidualLayerNormModulate(torch.autograd.Function):
+    """The operator and its backward. It keeps x_new, branch and two numbers a row; h is not kept."""
 
-
-def _autograd(
-    ctx: Any, dx_new: Tensor, dh: Tensor, dmean: Any, drstd: Any
-) -> tuple[Tensor | None, ...]:
-    x_new, branch, gate, shift, scale, mean, rstd = ctx.saved_tensors
-    dx, dbranch, dgate, dshift, dscale = (
-        torch.ops.fastdit.gated_residual_layer_norm_modulate_backward(
-            dx_new, dh, x_new, branch, gate, shift, scale, mean, rstd
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        x_new, h, mean, rstd = torch.ops.fastdit.gated_residual_layer_norm_modulate(
+            x, branch, gate, shift, scale, eps
         )
-    )
-    return (
-        dx,
-        dbranch,
-        None if gate is None else dgate,
-        None if shift is None else dshift,
-        None if scale is None else dscale,
-        None,
-    )
+        ctx.save_for_backward(x_new, branch, gate, shift, scale, mean, rstd)
+        return x_new, h
 
-
-torch.library.register_autograd(
-    "fastdit::gated_residual_layer_norm_modulate", _autograd, setup_context=_setup_context
-)
+    @staticmethod
+    def backward(ctx: Any, dx_new: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x_new, branch, gate, shift, scale, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dgate, dshift, dscale = (
+            torch.ops.fastdit.gated_residual_layer_norm_modulate_backward(
+                dx_new, dh, x_new, branch, gate, shift, scale, mean, rstd
+            )
+        )
+        return (
+            dx,
+            dbranch,
+            None if gate is None else dgate,
+            None if shift is None else dshift,
+            None if scale is None else dscale,
+            None,
+        )
 
 
 def gated_residual_layer_norm_modulate(

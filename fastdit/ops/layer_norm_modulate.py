@@ -67,24 +67,30 @@ BACKWARD = Operation(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, shift, scale, mean, rstd)
+class LayerNormModulate(torch.autograd.Function):
+    """The operator and its backward. It keeps x and two numbers a row; h is not kept."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        h, mean, rstd = torch.ops.fastdit.layer_norm_modulate(x, shift, scale, eps, out_dtype)
+        ctx.save_for_backward(x, shift, scale, mean, rstd)
+        return h
 
-def _autograd(ctx: Any, dh: Tensor, dmean: Any, drstd: Any) -> tuple[Tensor | None, ...]:
-    x, shift, scale, mean, rstd = ctx.saved_tensors
-    dx, dshift, dscale = torch.ops.fastdit.layer_norm_modulate_backward(
-        dh, x, shift, scale, mean, rstd
-    )
-    modulated = shift is not None
-    return dx, dshift if modulated else None, dscale if modulated else None, None, None
-
-
-torch.library.register_autograd(
-    "fastdit::layer_norm_modulate", _autograd, setup_context=_setup_context
-)
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, scale, mean, rstd = ctx.saved_tensors
+        dx, dshift, dscale = torch.ops.fastdit.layer_norm_modulate_backward(
+            dh, x, shift, scale, mean, rstd
+        )
+        modulated = shift is not None
+        return dx, dshift if modulated else None, dscale if modulated else None, None, None
 
 
 def layer_norm_modulate(
@@ -111,4 +117,4 @@ def layer_norm_modulate(
         return reference.layer_norm_modulate(
             x, shift=shift, scale=scale, eps=eps, out_dtype=out_dtype
         )
-    return torch.ops.fastdit.layer_norm_modulate(x, shift, scale, eps, out_dtype)[0]
+    return LayerNormModulate.apply(x, shift, scale, eps, out_dtype)

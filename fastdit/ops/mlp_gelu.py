@@ -48,16 +48,18 @@ BACKWARD = Operation(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, _, w2, _ = inputs
-    ctx.save_for_backward(x, w1, w2, output[1])
+class MlpGelu(torch.autograd.Function):
+    """The operator and its backward. It keeps x and the pre-activation; the activation is computed again."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        out, pre_activation = torch.ops.fastdit.mlp_gelu(x, w1, b1, w2, b2)
+        ctx.save_for_backward(x, w1, w2, pre_activation)
+        return out
 
-def _autograd(ctx: Any, dout: Tensor, dpre_activation: Any) -> tuple[Tensor, ...]:
-    return torch.ops.fastdit.mlp_gelu_backward(dout, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("fastdit::mlp_gelu", _autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.fastdit.mlp_gelu_backward(dout, *ctx.saved_tensors)
 
 
 def mlp_gelu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -87,4 +89,4 @@ def mlp_gelu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tenso
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w1, b1, w2, b2 = (tensor.to(dtype) for tensor in tensors.values())
-    return torch.ops.fastdit.mlp_gelu(x, w1, b1, w2, b2)[0]
+    return MlpGelu.apply(x, w1, b1, w2, b2)

@@ -46,21 +46,18 @@ BACKWARD = Operation(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.patch_size = inputs
-    ctx.channels, ctx.h, ctx.w = (
-        x.shape[1],
-        x.shape[2] // ctx.patch_size,
-        x.shape[3] // ctx.patch_size,
-    )
+class Patchify(torch.autograd.Function):
+    """The operator and its backward, the inverse permutation."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, patch_size: int) -> Tensor:
+        _, channels, height, width = x.shape
+        ctx.sizes = (patch_size, channels, height // patch_size, width // patch_size)
+        return torch.ops.fastdit.patchify(x, patch_size)
 
-def _autograd(ctx: Any, dtokens: Tensor) -> tuple[Tensor, None]:
-    dx = torch.ops.fastdit.patchify_backward(dtokens, ctx.patch_size, ctx.channels, ctx.h, ctx.w)
-    return dx, None
-
-
-torch.library.register_autograd("fastdit::patchify", _autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dtokens: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.fastdit.patchify_backward(dtokens, *ctx.sizes), None
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -77,4 +74,4 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
         )
     if FORWARD.choose(x.device) == "reference":
         return reference.patchify(x, patch_size)
-    return torch.ops.fastdit.patchify(x, patch_size)
+    return Patchify.apply(x, patch_size)

@@ -50,15 +50,20 @@ BACKWARD = Operation(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.patch_size = inputs[1]
+class Unpatchify(torch.autograd.Function):
+    """The operator and its backward, the inverse permutation."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, patch_size: int, out_channels: int, h: int, w: int
+    ) -> Tensor:
+        ctx.patch_size = patch_size
+        return torch.ops.fastdit.unpatchify(tokens, patch_size, out_channels, h, w)
 
-def _autograd(ctx: Any, dimages: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return torch.ops.fastdit.unpatchify_backward(dimages, ctx.patch_size), None, None, None, None
-
-
-torch.library.register_autograd("fastdit::unpatchify", _autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dimages: Tensor) -> tuple[Tensor, None, None, None, None]:
+        dtokens = torch.ops.fastdit.unpatchify_backward(dimages, ctx.patch_size)
+        return dtokens, None, None, None, None
 
 
 def unpatchify(tokens: Tensor, patch_size: int, out_channels: int, grid: tuple[int, int]) -> Tensor:
@@ -76,4 +81,4 @@ def unpatchify(tokens: Tensor, patch_size: int, out_channels: int, grid: tuple[i
         )
     if FORWARD.choose(tokens.device) == "reference":
         return reference.unpatchify(tokens, patch_size, out_channels, grid)
-    return torch.ops.fastdit.unpatchify(tokens, patch_size, out_channels, h, w)
+    return Unpatchify.apply(tokens, patch_size, out_channels, h, w)

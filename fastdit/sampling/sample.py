@@ -95,7 +95,7 @@ def sample(
     # Ordinary tensors even where the caller is in inference mode.
     with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
         images = torch.empty(len(y), *shape, device=device, dtype=_state_dtype(model))
-        with _bar(len(y), progress) as bar:
+        with _bar(len(y), diffusion.num_timesteps, progress) as bar:
             for start in range(0, len(y), batch_size):
                 rows = slice(start, start + batch_size)
                 block_scale = scale[rows].to(device) if isinstance(scale, Tensor) else scale
@@ -151,7 +151,7 @@ def _denoise(
                 predict, x, t, clip_denoised=False, eta=eta, step_noise=noise()
             )
         x = out["sample"]
-        bar.update(count / diffusion.num_timesteps)
+        bar.update(count)
     return x
 
 
@@ -200,13 +200,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _bar(total: int, progress: bool) -> tqdm[Any]:
+def _bar(images: int, steps: int, progress: bool) -> tqdm[Any]:
+    """A progress bar that counts one for each image and step, and shows images."""
     return tqdm(
-        total=total,
-        disable=not progress,
+        total=images * steps,
+        disable=None if progress else True,  # None: where stderr is a terminal
         desc="sampling",
         unit=" images",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} "
+        unit_scale=1 / steps,
+        mininterval=0.5,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} "
         "[{elapsed}<{remaining}, {rate_noinv_fmt}]",
     )
 

@@ -36,10 +36,7 @@ FIXED = (
 
 @dataclass
 class TrainConfig:
-    """A training run. `data` alone must be given.
-
-    Raises TypeError or ValueError naming the field, its value and what is allowed.
-    """
+    """Trains a DiT on a folder of images or on the built-in digits. Only the data must be given."""
 
     data: str
     """A folder with one sub-folder of images per class, or "digits": the 1,797 handwritten 8x8 digits of
@@ -61,7 +58,7 @@ class TrainConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do about files that cannot be read as an image."""
     num_workers: int | None = None
-    """Processes that read images; 0 reads in the training process. Default: 4 for folders, 0 for the digits."""
+    """Processes that read images; 0 reads in the training process. Default: up to 4, for the digits 0."""
 
     model: str | None = None
     """A name such as DiT-XL/2. Default: the four sizes below, or DiT-S/2 if they are not given either."""
@@ -130,7 +127,9 @@ class TrainConfig:
         """Raises TypeError or ValueError for the first field that is not allowed."""
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            setattr(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
+            setattr(
+                self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name])
+            )
         self._validate_model()
         self._validate_data()
 
@@ -138,19 +137,37 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("steps", self.steps < 10**8, "below 100000000")
         self._require("sample_every", self.sample_every >= 0, "at least 0")
-        self._require("keep_checkpoints", self.keep_checkpoints is None or self.keep_checkpoints >= 1, "at least 1")
-        self._require("warmup_steps", 0 <= self.warmup_steps < self.steps, f"from 0 to below steps={self.steps}")
+        self._require(
+            "keep_checkpoints",
+            self.keep_checkpoints is None or self.keep_checkpoints >= 1,
+            "at least 1",
+        )
+        self._require(
+            "warmup_steps",
+            0 <= self.warmup_steps < self.steps,
+            f"from 0 to below steps={self.steps}",
+        )
         self._require("seed", 0 <= self.seed < 2**63, "from 0 to below 2**63")
         self._require("sample_steps", 1 <= self.sample_steps <= 1000, "from 1 to 1000")
 
         self._require("lr", 0 < self.lr < math.inf, "a finite number above 0")
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
+        self._require(
+            "weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"
+        )
         self._require("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
         self._require("class_dropout_prob", 0 <= self.class_dropout_prob <= 1, "from 0 to 1")
         self._require("cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         if self.gradient_clip is not None:
-            self._require("gradient_clip", 0 < self.gradient_clip < math.inf, "a finite number above 0, or None")
-        self._require("device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "'auto', 'cpu', 'cuda', 'cuda:1'")
+            self._require(
+                "gradient_clip",
+                0 < self.gradient_clip < math.inf,
+                "a finite number above 0, or None",
+            )
+        self._require(
+            "device",
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device),
+            "'auto', 'cpu', 'cuda', 'cuda:1'",
+        )
 
     def _validate_model(self) -> None:
         given = [name for name in SIZES if getattr(self, name) is not None]
@@ -176,7 +193,9 @@ class TrainConfig:
         self._require("data", self.data != "", "a folder or 'digits'")
         self._require("out", self.out != "", "a folder")
         self._require("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
-        self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "at least 0")
+        self._require(
+            "num_workers", self.num_workers is None or self.num_workers >= 0, "at least 0"
+        )
 
     def _require(self, name: str, holds: object, allowed: str) -> None:
         if not holds:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor
+
+from ..models import DiT
 
 
 class EMA:
@@ -20,7 +22,7 @@ class EMA:
     Source: Peebles & Xie 2023, section 4 (decay 0.9999).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: DiT, decay: float) -> None:
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay = decay
         trained = [
@@ -28,8 +30,8 @@ class EMA:
             for average, weight in zip(self.model.parameters(), model.parameters(), strict=True)
             if weight.requires_grad
         ]
-        self._averages = [average for average, _ in trained]
-        self._weights = [weight for _, weight in trained]
+        self._averages: list[Tensor] = [average for average, _ in trained]
+        self._weights: list[Tensor] = [weight for _, weight in trained]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -76,7 +76,7 @@ def test_bad_arguments(options: dict[str, int], message: str) -> None:
 
 
 def test_derived_seeds_differ() -> None:
-    numbers = [(a, b) for a in range(20) for b in range(20)] + [(1, 2, 3), (12, 3), (1, 23)]
+    numbers = [(a, b) for a in range(20) for b in range(20)] + [(1, 2, 3), (1, 23)]
     seeds = [derived_seed(*pair) for pair in numbers]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -132,7 +132,7 @@ def test_missing_folder_is_named(diffusers: Any, name: str) -> None:
 def test_folder_without_a_vae(
     diffusers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         VAE(tmp_path, device="cpu")
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)

@@ -121,6 +121,8 @@ def test_loss_types_are_multiples_of_the_same_terms() -> None:
     scaled = rescaled.training_losses(model, x_start, t, noise=noise)
     torch.testing.assert_close(scaled["vb"], plain["vb"] * 0.05)
     torch.testing.assert_close(scaled["loss"], plain["mse"] + plain["vb"] * 0.05)
+    kl = create_diffusion("50", use_kl=True).training_losses(model, x_start, t, noise=noise)
+    torch.testing.assert_close(kl["loss"], 50 * plain["vb"])
 
 
 def test_fixed_variance_has_no_bound_to_train() -> None:

@@ -70,6 +70,13 @@ def test_every_form_of_respacing(respacing: object, expected: list[int]) -> None
     assert space_timesteps(1000, respacing) == set(expected)
 
 
+def test_positions_are_summed_and_not_multiplied() -> None:
+    # 10 strides of 49.95 are 499.5 by multiplication, and a little less as a running sum.
+    steps = sorted(space_timesteps(1000, "21"))
+    assert steps[9:12] == [450, 499, 549]
+    assert steps[-1] == 999
+
+
 @pytest.mark.parametrize("respacing", [250, "250", [250]])
 def test_number_string_and_list_mean_the_same(respacing: object) -> None:
     assert create_diffusion(respacing).timestep_map == FORMULA["sched_250"]["timestep_map"]
