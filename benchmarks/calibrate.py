@@ -175,7 +175,7 @@ def linear_products(m: int, k: int, n: int) -> dict[str, Product]:
     """What y = x W^T, with x (M, K) and W (N, K), computes forward and backward."""
     return {
         "forward": Product(m, k, n, False, True),  # x W^T
-        "dgrad": Product(m, k, n, False, False),  # dy W
+        "dgrad": Product(m, n, k, False, False),  # dy W
         "wgrad": Product(n, m, k, True, False),  # dy^T x
     }
 
@@ -538,7 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"{part}: on {environment.device}")
         start = time.monotonic()
         measured = list(PARTS[part](Bench(device, sizes.rounds, options.time_limit), sizes))
-        measured = with_fractions(measured, [*measured, *ceiling_rows(folder, besides=part)])
+        measured = with_fractions(measured, measured)
         write_rows(path, measured, environment)
         say(f"{part}: {time.monotonic() - start:.0f} s, {path}")
         rows += measured

@@ -163,6 +163,4 @@ def gated_residual_layer_norm_modulate(
         return reference.gated_residual_layer_norm_modulate(
             x, branch, gate=gate, shift=shift, scale=scale, eps=eps
         )
-    return torch.ops.fastdit.gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, eps)[
-        :2
-    ]
+    return GatedResidualLayerNormModulate.apply(x, branch, gate, shift, scale, eps)

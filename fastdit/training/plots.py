@@ -6,9 +6,12 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = {"matplotlib": "matplotlib", "PIL": "Pillow"}
 COLOR = "#2a6f97"
@@ -46,7 +49,14 @@ def _decayed_sums(values: Sequence[float], keep: float) -> list[tuple[float, flo
 
 
 def draw_loss_curve(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """A PNG of the loss over the steps: every record faintly, their mean around each step on top.
+    """Writes `loss_figure` as a PNG of 1200 x 675 pixels."""
+    figure = loss_figure(records, title)
+    with files.atomic_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def loss_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
+    """The loss over the steps: every record of metrics.jsonl faintly, their mean around each step on top.
 
     The loss axis is logarithmic where the smoothed loss falls to less than a third of where it began; otherwise what
     happens late, which is most of a run, would be a flat line.
@@ -92,8 +102,7 @@ def draw_loss_curve(records: Sequence[dict[str, Any]], path: Path, title: str) -
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    with files.atomic_file(path) as temporary:
-        figure.savefig(temporary)
+    return figure
 
 
 def _shown_range(losses: Sequence[float], line: Sequence[float]) -> tuple[float, float]:
