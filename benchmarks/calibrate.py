@@ -538,7 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"{part}: on {environment.device}")
         start = time.monotonic()
         measured = list(PARTS[part](Bench(device, sizes.rounds, options.time_limit), sizes))
-        measured = with_fractions(measured, measured)
+        measured = with_fractions(measured, [*measured, *ceiling_rows(folder, besides=part)])
         write_rows(path, measured, environment)
         say(f"{part}: {time.monotonic() - start:.0f} s, {path}")
         rows += measured

@@ -7,15 +7,17 @@ line on stderr and exit status 2; `--traceback` (or FASTDIT_TRACEBACK=1) shows w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -136,11 +138,11 @@ def run(args: Sequence[str]) -> None:
     }
     if args and not args[0].startswith("-"):
         require_choice("command", args[0], commands)
-    choices = [
+    choices: list[Any] = [
         Annotated[config, tyro.conf.subcommand(name)] for name, (config, _) in commands.items()
     ]
     config = tyro.cli(
-        Union[tuple(choices)],  # type: ignore[arg-type]  # noqa: UP007
+        functools.reduce(operator.or_, choices),
         prog="fastdit",
         description=f"fastdit {__version__}: Diffusion Transformers. Errors are one line; --traceback shows where.",
         args=args,

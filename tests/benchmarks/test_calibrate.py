@@ -226,6 +226,20 @@ def test_operations_and_bytes_by_hand() -> None:
     assert block_flops(1, 256, 1152, backward=True) == 3 * (linear + modulation) + 7 * scores // 2
 
 
+def test_a_copy_reads_half_of_its_bytes_and_writes_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[torch.Tensor] = []
+    normal = Bench.normal
+    monkeypatch.setattr(Bench, "normal", lambda *shape: made.append(normal(*shape)) or made[-1])
+    ready = calibrate.copy_prepare(Bench(torch.device("cpu"), 1, 60), 4096)()
+    assert [tensor.nbytes for tensor in made] == [2048] * 4  # two sets, a target and a source each
+    target, source = made[2:]
+    assert not torch.equal(target, source)
+    assert ready.run(1) is target
+    assert torch.equal(target, source)
+
+
 def test_operands_are_stored_as_autograd_finds_them() -> None:
     bench = Bench(torch.device("cpu"), 1, 60)
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)

@@ -148,7 +148,7 @@ def test_other_endings_are_refused(tmp_path: Path, out: str) -> None:
 
 
 def test_an_existing_folder_is_refused_beforehand(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="out=.*exists already"):
+    with pytest.raises(FileExistsError, match=r"out=.*exists already"):
         output_kind(tmp_path)
 
 

@@ -43,9 +43,11 @@ def test_axis_is_logarithmic_where_the_loss_falls_far(losses: list[float], scale
     assert axes.get_title(loc="left") == "DiT-S/2, 32.96M parameters"
     raw, line, _ = axes.lines
     assert raw.get_xydata().tolist() == [[10 * (i + 1), loss] for i, loss in enumerate(losses)]
-    assert raw.get_alpha() < 1 and raw.get_linewidth() < line.get_linewidth()
+    assert raw.get_alpha() < 1
+    assert raw.get_linewidth() < line.get_linewidth()
     low, high = axes.get_ylim()
-    assert low < min(line.get_ydata()) and max(line.get_ydata()) < high
+    assert low < min(line.get_ydata())
+    assert max(line.get_ydata()) < high
 
 
 def test_one_high_value_does_not_flatten_a_linear_axis() -> None:
