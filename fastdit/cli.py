@@ -56,14 +56,12 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 class SampleConfig:
     """Draws images of a trained model and writes them to disk, with what was asked for in OUT.json beside them."""
 
-    run: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint is taken), a checkpoint folder, or a .safetensors file with model.json beside
-    it."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run folder, whose newest checkpoint is taken, a checkpoint folder, or a .safetensors file beside model.json."""
     num: int = 64
     """How many images."""
     labels: tuple[str, ...] = ()
-    """Classes to draw, by name or number, separated by spaces or commas, and repeated in turn up to --num images. Names
-    come before numbers. Default: all classes."""
+    """Classes by name or number, separated by spaces or commas, drawn in turn up to --num. Default: all classes."""
     cfg_scale: float = 1.5
     """Guidance: 1 is none, more is closer to the class and less varied."""
     cfg_channels: Literal[3, "all"] = 3
@@ -85,8 +83,7 @@ class SampleConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the model under autocast; the state between the steps is float32 either way."""
     out: str = "samples.png"
-    """x.png: a grid. x.npz: arr_0 uint8 (N, H, W, C) and arr_1 int64 labels. Anything without an ending: a new folder
-    of single PNGs with labels.json."""
+    """x.png is a grid, x.npz holds arr_0 uint8 (N, H, W, C) and arr_1 int64 labels, else a new folder of PNGs."""
 
 
 @dataclass
@@ -94,7 +91,7 @@ class InfoConfig:
     """Shows versions, devices, and which backends can run here."""
 
     json: bool = False
-    """As JSON."""
+    """Print JSON instead of text."""
 
 
 @dataclass

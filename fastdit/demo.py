@@ -26,7 +26,7 @@ from .weights import load_description, load_model
 
 CFG_SCALE = 2.0
 PER_CLASS = 10
-SAMPLING_STEPS = 250
+SAMPLING_STEPS = 100
 
 
 def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
     )
     sampling_seconds = time.perf_counter() - started
     images = to_uint8(drawn)
-    save_grid(images, folder / "samples.png", columns=PER_CLASS)
+    save_grid(255 - images, folder / "samples.png", columns=PER_CLASS)  # ink on paper
 
     metrics = read_metrics(folder / "metrics.jsonl")
     report = {
@@ -190,32 +190,46 @@ def _as_markdown(report: dict[str, Any]) -> str:
 
 
 def _draw_picture(folder: Path, metrics: list[dict[str, Any]], report: dict[str, Any]) -> None:
-    """demo.png, 900 x 546 pixels: the grid beside the loss curve."""
+    """demo.png, 900 pixels wide: the grid beside the loss curve."""
     from matplotlib.figure import Figure
     from matplotlib.image import imread
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     grid = imread(folder / "samples.png")
-    height, width = grid.shape[:2]
-    figure = Figure(figsize=(9, 5.46), dpi=100)
-    # The grid keeps its pixels: 24 to each side of it, and no resampling.
-    left = figure.add_axes((24 / 900, 24 / 546, width / 900, height / 546))
+    size, margin = grid.shape[0], 24
+    width, height = 900, size + 2 * margin
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+
+    # The grid keeps its pixels: nothing is resampled.
+    left = figure.add_axes((margin / width, margin / height, size / width, size / height))
     left.imshow(grid, cmap="gray", interpolation="none")
     left.axis("off")
 
-    right = figure.add_axes((590 / 900, 70 / 546, 286 / 900, 390 / 546))
-    right.plot(
-        [line["step"] for line in metrics], [line["loss"] for line in metrics], color="#2b6cb0"
+    steps = [record["step"] for record in metrics]
+    losses = [record["loss"] for record in metrics]
+    start = size + 90
+    right = figure.add_axes(
+        (start / width, 70 / height, (width - start - margin) / width, (height - 180) / height)
     )
+    right.plot(steps, losses, color=COLOR, alpha=0.25, linewidth=0.8)
+    right.plot(steps, smoothed(losses, span=len(losses) / 25), color=COLOR, linewidth=2)
+    right.set_yscale("log")
+    right.set_yticks([0.05, 0.1, 0.2, 0.5, 1])
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
+    right.set_ylim(0.9 * min(losses), 1.1 * max(losses))
     right.set_xlabel("step")
     right.set_ylabel("training loss")
+    right.grid(color="0.9", linewidth=0.8)
     right.spines[["top", "right"]].set_visible(False)
-    right.set_ylim(bottom=0)
     figure.text(
-        590 / 900,
-        500 / 546,
-        f"{report['steps']:,} steps in {report['training_seconds']:.0f} s\n"
-        f"{report['label_agreement']:.0%} read as the class asked for",
+        start / width,
+        1 - 62 / height,
+        f"{report['parameters'] / 1e6:.1f}M parameters, {report['steps']:,} steps\n"
+        f"{report['label_agreement']:.0%} read as the digit asked for\n"
+        f"{report['neighbours']['share_nearer_than_closest_real_pair']:.0%} copies, by nearest neighbour",
         va="center",
+        linespacing=1.4,
     )
     with atomic_file(folder / "demo.png") as temporary:
         figure.savefig(temporary, format="png")

@@ -88,9 +88,9 @@ class validate:
         validate._mode = self._previous
 
 
-def checks_values() -> bool:
-    """Whether values are to be read and checked in this call."""
-    if torch.compiler.is_compiling():
+def checks_values(x: Tensor) -> bool:
+    """Whether values are to be read and checked in this call with `x`, which has none on `meta`."""
+    if torch.compiler.is_compiling() or x.is_meta:
         return False
     if validate._mode is None:
         mode = os.environ.get("FASTDIT_VALIDATE", "shapes")

@@ -118,8 +118,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         pixels = np.array(center_crop(image, self.image_size)).reshape(
             self.image_size, self.image_size, self.channels
         )
-        # The original's roundings: to [0, 1] first, then (x - 0.5) / 0.5.
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+        # Bit for bit the original's (x / 255 - 0.5) / 0.5: factors of two do not round.
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1)
         if self.horizontal_flip and derived_seed(self.seed, epoch, index) % 2 == 1:
             tensor = tensor.flip(-1)
         return tensor.contiguous(), self.labels[used]

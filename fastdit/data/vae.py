@@ -54,7 +54,7 @@ class VAE:
                 f"name_or_path={str(name_or_path)!r}: {len(missing)} weights of the VAE are missing,"
                 f" the first is {missing[0]!r}"
             )
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = model.to(device=device, dtype=dtype).requires_grad_(False)
         self.scaling_factor = scaling_factor
         self.latent_channels: int = model.config.latent_channels
         self.downsample_factor: int = 2 ** (len(model.config.block_out_channels) - 1)

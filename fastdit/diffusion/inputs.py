@@ -27,7 +27,7 @@ def check_timesteps(name: str, x: Tensor, t: Tensor, num_timesteps: int) -> None
         )
     require_same_device(**{name: x, "t": t})
     on_cpu = t.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu or checks_values():
+    if on_cpu or checks_values(t):
         for i, step in enumerate(t.tolist()):
             if not 0 <= step < num_timesteps:
                 raise ValueError(f"t[{i}]={step}: allowed are 0 to {num_timesteps - 1}")

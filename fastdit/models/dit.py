@@ -258,7 +258,7 @@ class DiT(nn.Module):
         self, x: Tensor, t: Tensor, y: Tensor, return_hidden: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         t, y = self._check(x, t, y)
-        if checks_values():
+        if checks_values(x):
             self.check_values(x, t, y)
         for index in return_hidden:
             if not 0 <= index < len(self.blocks):

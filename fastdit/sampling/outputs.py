@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 Images = npt.NDArray[np.uint8]
 
-GAP = 2  # pixels between the images of a grid, after enlarging
 SMALLEST = 48  # the grid enlarges images whose longer side is below this many pixels
 
 
@@ -78,7 +77,7 @@ def write_samples(images: Images, labels: Sequence[int] | Tensor, out: PathLike)
 def save_grid(
     images: Images, path: PathLike, *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """A PNG of all images, row by row, 2 white pixels apart.
+    """A PNG of all images, row by row, with white between them: as wide as an enlarged pixel, and at least 2 pixels.
 
     Args:
         images: (N, H, W, C) uint8 with N > 0 and C = 1 or 3.
@@ -102,8 +101,9 @@ def save_grid(
 
     # Repeating pixels is nearest-neighbour enlargement: the pixels of small images stay what they are.
     large = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    step_y, step_x = height * scale + GAP, width * scale + GAP
-    canvas = np.full((rows * step_y - GAP, columns * step_x - GAP, channels), 255, dtype=np.uint8)
+    gap = max(2, scale)
+    step_y, step_x = height * scale + gap, width * scale + gap
+    canvas = np.full((rows * step_y - gap, columns * step_x - gap, channels), 255, dtype=np.uint8)
     for i, image in enumerate(large):
         top, left = i // columns * step_y, i % columns * step_x
         canvas[top : top + height * scale, left : left + width * scale] = image

@@ -81,8 +81,8 @@ def test_grid_holds_every_pixel(tmp_path: Path, channels: int) -> None:
     ("n", "size", "shape"),
     [
         (1, 8, (48, 48)),  # 8 x 6
-        (9, 8, (148, 148)),
-        (5, 8, (98, 148)),  # 3 columns, 2 rows
+        (9, 8, (156, 156)),
+        (5, 8, (102, 156)),  # 3 columns, 2 rows
         (4, 64, (130, 130)),  # not enlarged
         (2, 47, (94, 190)),
     ],

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +18,9 @@ from fastdit.data import Digits
 from fastdit.data.sampler import derived_seed
 from fastdit.files import read_json
 from fastdit.models import multiply_adds
+from fastdit.sampling import sample, save_grid, to_uint8
 from fastdit.training import TrainConfig, checkpoint, train
-from fastdit.training.loop import Trainer, learning_rate
+from fastdit.training.loop import Trainer, _dataset, _model, learning_rate
 from fastdit.training.metrics import read_metrics
 from fastdit.weights import load_description
 
@@ -229,16 +229,17 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 def test_pictures_are_drawn_and_change_nothing(pictures: None, tmp_path: Path) -> None:
-    options = {"steps": 4, "checkpoint_every": 4}
+    options = {"steps": 4, "checkpoint_every": 4, "seed": 7, "cfg_scale": 3.0}
     drawn = train(tiny(tmp_path / "drawn", sample_every=3, sample_steps=2, **options))
     assert [path.name for path in sorted((drawn / "samples").iterdir())] == [
         "step-00000003.png",
         "step-00000004.png",
     ]
-    with Image.open(drawn / "samples" / "step-00000003.png") as grid:
-        # Ten classes by four, each image 48 pixels and 2 between them.
-        assert grid.size == (10 * 50 - 2, 4 * 50 - 2)
-        assert len(np.unique(np.asarray(grid))) > 20
+    # Ten classes by four, from the averaged weights, with the guidance and the seed of the configuration.
+    images = sample(load_model(drawn), list(range(10)) * 4, steps=2, cfg_scale=3.0, seed=7)
+    save_grid(to_uint8(images), tmp_path / "expected.png", columns=10)
+    grid = (drawn / "samples" / "step-00000004.png").read_bytes()
+    assert grid == (tmp_path / "expected.png").read_bytes()
     with Image.open(drawn / "loss.png") as curve:
         assert curve.size == (1200, 675)
 
@@ -284,11 +285,11 @@ def test_start_says_what_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_falls(precision: str, tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run", steps=60, batch_size=16, precision=precision, log_every=10)
+    config = tiny(tmp_path / "run", steps=40, precision=precision, log_every=10)
     run = train(config)
     losses = _losses(run)
-    assert losses[-1] < 0.6 * losses[0]
-    assert all(t.dtype == torch.float32 for n, t in tensors(run, 60).items() if "rng" not in n)
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(t.dtype == torch.float32 for n, t in tensors(run, 40).items() if "rng" not in n)
 
 
 def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
@@ -299,6 +300,8 @@ def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
     assert set(seen) == {torch.bfloat16}
 
 
+# Dynamo looks for gradients of tensors that have none, and hides the warning in a way that pytest undoes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("compile", ["blocks", "whole"])
 def test_compiled_run_has_the_same_numbers_and_names(
     compile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -342,17 +345,15 @@ def test_folder_of_images(folder_of_images: Path, tmp_path: Path) -> None:
 
 
 def test_named_model_and_defaults(folder_of_images: Path, tmp_path: Path) -> None:
-    options = dict.fromkeys(["hidden_size", "depth", "num_heads", "patch_size"])
-    data = {"data": str(folder_of_images), "batch_size": 1}
-    config = tiny(tmp_path / "a", **options, **data, model="DiT-S/8", image_size=16)
-    trainer = Trainer(config, CPU)
-    assert (trainer.model.config["hidden_size"], len(trainer.model.blocks)) == (384, 12)
-    assert trainer.dataset.horizontal_flip is True
-    small = Trainer(tiny(tmp_path / "b", **data), CPU)
-    assert small.model.input_size == (256, 256)
-    default = Trainer(tiny(tmp_path / "c", **options), CPU)
-    assert default.model.config["hidden_size"] == 384
-    assert default.model.patch_size == 2
+    own = dict.fromkeys(["hidden_size", "depth", "num_heads", "patch_size"])
+    for name, width, patch in (("DiT-B/8", 768, 8), (None, 384, 2)):
+        config = tiny(tmp_path, data=str(folder_of_images), **own, model=name)
+        dataset = _dataset(config, None)
+        assert (dataset.image_size, dataset.horizontal_flip) == (256, True)
+        with torch.device("meta"):
+            model = _model(config, dataset, None)
+        assert (model.config["hidden_size"], len(model.blocks)) == (width, 12)
+        assert (model.patch_size, model.input_size) == (patch, (256, 256))
 
 
 class _StandInVAE:
