@@ -31,7 +31,7 @@ from .files import write_json
 from .sampling import Images, output_kind, sample, to_uint8, write_samples
 from .training import TrainConfig, train
 from .validation import nearest, require_choice
-from .weights import load_description, load_model
+from .weights import load_description, load_model, locate
 
 try:
     import tyro
@@ -189,7 +189,9 @@ def run_sample(config: SampleConfig) -> None:
             **description["diffusion"],
         )
     write_samples(np.concatenate(blocks), labels, config.out)
-    write_json(f"{config.out}.json", dataclasses.asdict(config) | {"class_numbers": labels})
+    asked = dataclasses.asdict(config) | {"labels": config.labels or classes}
+    weights, _ = locate(config.run, config.which)
+    write_json(f"{config.out}.json", {"fastdit": __version__, "weights": str(weights), **asked})
     print(config.out)
 
 

@@ -21,7 +21,7 @@ from .files import PathLike, atomic_file, read_json, write_json, write_text
 from .sampling import Images, sample, save_grid, to_uint8
 from .training import TrainConfig, train
 from .training.metrics import read_metrics
-from .training.plots import COLOR, smoothed
+from .training.plots import COLOR, missing_packages, smoothed
 from .weights import load_description, load_model
 
 CFG_SCALE = 2.0
@@ -35,10 +35,12 @@ def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
     `out` is a run folder as `fastdit train` writes it, and in it `samples.png` (a row for each class), `report.md`,
     `report.json` and `demo.png` (the grid beside the loss curve). An earlier demo in `out` is replaced.
 
-    Raises ImportError without scikit-learn or matplotlib, and FileExistsError where `out` holds anything but a demo.
+    Raises ImportError without scikit-learn, matplotlib or Pillow, and FileExistsError where `out` holds anything but a demo.
     """
     folder = Path(out)
     digits = Digits()
+    if missing := missing_packages():
+        raise ImportError(f'the demo needs {" and ".join(missing)}: pip install "fastdit[demo]"')
     config = _configuration(folder, steps)
     _make_way(folder, config)
     started = time.perf_counter()

@@ -99,12 +99,32 @@ def latest_checkpoint(run_folder: PathLike) -> Path:
     return max(found, key=lambda path: path.name)
 
 
+def locate(path: PathLike, which: str = "ema") -> tuple[Path, Path]:
+    """The files of weights and of the description that `path` stands for, as in `load_model`.
+
+    Raises FileNotFoundError where nothing, or no description, is there.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if given.is_file():
+        weights, folder = given, given.parent
+    else:
+        is_checkpoint = (given / "model.json").exists()
+        folder = given if is_checkpoint else latest_checkpoint(given)
+        weights = folder / f"{which}.safetensors"
+    description = folder / "model.json"
+    if not description.exists():
+        raise FileNotFoundError(f"{description}: missing; without it the model is not known")
+    return weights, description
+
+
 def load_description(path: PathLike) -> dict[str, Any]:
     """What `model.json` says of the model at `path`: a run folder, a checkpoint folder or a .safetensors file.
 
     Raises FileNotFoundError, and ValueError naming the file for another format or a missing entry.
     """
-    file = _locate(path, "ema")[1]
+    file = locate(path)[1]
     description = read_json(file)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
@@ -134,7 +154,7 @@ def load_model(
     Raises FileNotFoundError, and ValueError in one line naming the file.
     """
     require_choice("which", which, WHICH)
-    weights_file, description_file = _locate(path, which)
+    weights_file, description_file = locate(path, which)
     config = load_description(path)["model"]
     try:
         # Without storage, since every value comes from the file: initialising an XL would take seconds.
@@ -145,23 +165,6 @@ def load_model(
     model.to_empty(device=device)
     load_into(model, load_weights(weights_file), source=weights_file)
     return model.eval()
-
-
-def _locate(path: PathLike, which: str) -> tuple[Path, Path]:
-    """The files of weights and of the description that `path` stands for."""
-    given = Path(path)
-    if not given.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if given.is_file():
-        weights, folder = given, given.parent
-    else:
-        is_checkpoint = (given / "model.json").exists()
-        folder = given if is_checkpoint else latest_checkpoint(given)
-        weights = folder / f"{which}.safetensors"
-    description = folder / "model.json"
-    if not description.exists():
-        raise FileNotFoundError(f"{description}: missing; without it the model is not known")
-    return weights, description
 
 
 def _require_safetensors_ending(path: PathLike) -> None:

@@ -248,7 +248,8 @@ def test_sample_writes_what_the_library_draws(checkpoint: Path, tmp_path: Path) 
     assert asked["cfg_scale"] == 3.0
     assert asked["seed"] == 4
     assert asked["run"] == str(checkpoint)
-    assert asked["class_numbers"] == [0, 1, 2, 3, 0]
+    assert asked["labels"] == CLASSES
+    assert asked["weights"] == str(checkpoint / "ema.safetensors")
 
 
 def test_sample_options_matter(checkpoint: Path, tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_other_folders_are_not_replaced(tmp_path: Path, content: str | None) -> 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_what_is_missing_is_known_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "missing_packages", lambda: ["matplotlib"])
+    with pytest.raises(ImportError, match=r'matplotlib: pip install "fastdit\[demo\]"'):
+        demo.demo(tmp_path, steps=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_label_agreement(real: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = real
     assert demo.label_agreement(images, labels) > 0.99

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,17 @@ def test_other_endings_are_refused(tmp_path: Path, out: str) -> None:
 def test_an_existing_folder_is_refused_beforehand(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"out=.*exists already"):
         output_kind(tmp_path)
+
+
+def test_pictures_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for save in (
+        lambda: save_grid(images(), tmp_path / "a.png"),
+        lambda: save_folder(tmp_path / "a", images(), [0] * 5),
+    ):
+        with pytest.raises(ImportError, match=r'Pillow: pip install "fastdit\[cli\]"'):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("out", ["a.png", "a.npz", "a"])
