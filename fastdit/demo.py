@@ -35,7 +35,8 @@ def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
     `out` is a run folder as `fastdit train` writes it, and in it `samples.png` (a row for each class), `report.md`,
     `report.json` and `demo.png` (the grid beside the loss curve). An earlier demo in `out` is replaced.
 
-    Raises ImportError without scikit-learn, matplotlib or Pillow, and FileExistsError where `out` holds anything but a demo.
+    Raises ImportError without scikit-learn, matplotlib or Pillow, and FileExistsError where `out` holds anything else
+    than a demo.
     """
     folder = Path(out)
     digits = Digits()

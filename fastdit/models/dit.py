@@ -236,13 +236,13 @@ class DiT(nn.Module):
         """
         require_choice("cfg_channels", cfg_channels, (3, "all"))
         require_floating("x", x)
-        if x.dim() != 4 or len(x) % 2:
+        if x.dim() != 4 or x.shape[0] % 2:
             raise ValueError(
                 f"x: guidance needs an even batch [conditional; unconditional] of 4-D images, "
                 f"got shape {tuple(x.shape)}"
             )
-        scale = _guidance_scale(cfg_scale, len(x) // 2, x)
-        half = x[: len(x) // 2]
+        scale = _guidance_scale(cfg_scale, x.shape[0] // 2, x)
+        half = x[: x.shape[0] // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         guided = self.in_channels if cfg_channels == "all" else min(3, self.in_channels)
         eps, rest = out[:, :guided], out[:, guided:]
@@ -315,7 +315,7 @@ class DiT(nn.Module):
                     f"x: has dtype {x.dtype}, the model {dtype}; cast one of them, or use torch.autocast for "
                     "float32 weights"
                 )
-        n = len(x)
+        n = x.shape[0]  # len(x) would be a constant to a compiler
         for name, value in (("t", t), ("y", y)):
             if not isinstance(value, Tensor):
                 raise TypeError(

@@ -9,11 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 
 def user_hooks(module: nn.Module) -> list[Any]:
-    """The module's hooks, without those of torch.distributed, which do not look at what passes through."""
+    """The hooks that see calls of `module`: its own and those on all modules, as profilers register them.
+
+    Without those of torch.distributed, which do not look at what passes through.
+    """
     registered = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,

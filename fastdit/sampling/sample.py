@@ -61,13 +61,13 @@ def sample(
         eta: DDIM's share of noise, 0 (deterministic) to 1.
         cfg_scale: guidance uncond + cfg_scale (cond - uncond); any finite number, or a tensor (N,)
             with one for each image. Where it is 1 throughout, the unconditional half is not
-            computed. Values below 1 lead away from the class.
+            computed. From 1 to 0 the class counts less and less, below 0 images lead away from it.
         cfg_channels: 3 guides the first three channels, as the original does; `"all"` all of them.
         seed: whole number from 0 on.
         batch_size: images that are drawn together.
         progress: show a progress bar with images/s.
-        callback: called with the index of its first image and the images (n, C, H, W) of each block
-            as soon as it is done.
+        callback: called with each block as soon as it is done: the index of its first image, and its
+            images (n, C, H, W), which are a view of the result.
         diffusion_options: what `fastdit.create_diffusion` takes beside the respacing, as the model
             was trained with: `noise_schedule`, `predict_xstart`, `learn_sigma` (by default the
             model's) …
@@ -164,7 +164,8 @@ def _predict(
     dtype = _weights_dtype(model)
     if _is_one(cfg_scale):
         return lambda x, t: model(x.to(dtype), t, y)
-    both = torch.cat([y, torch.full_like(y, _null_label(model))])
+    null_label = model.num_classes  # there is one, else the scale would be 1
+    both = torch.cat([y, torch.full_like(y, null_label)])
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -290,12 +291,6 @@ def _cfg_scale(cfg_scale: float | Tensor, model: DiT, count: int) -> float | Ten
             "guidance is not possible; allowed is 1"
         )
     return scale
-
-
-def _null_label(model: DiT) -> int:
-    if model.null_label is None:
-        raise ValueError("the model has no null class")
-    return model.null_label
 
 
 def _require_number(name: str, value: Any) -> float:

@@ -19,6 +19,7 @@ from fastdit.data.sampler import derived_seed
 from fastdit.files import read_json
 from fastdit.models import multiply_adds
 from fastdit.sampling import sample, save_grid, to_uint8
+from fastdit.testing import assert_close
 from fastdit.training import TrainConfig, checkpoint, train
 from fastdit.training.loop import Trainer, _dataset, _model, learning_rate
 from fastdit.training.metrics import read_metrics
@@ -86,6 +87,19 @@ def test_update_is_that_of_adamw_written_by_hand(tmp_path: Path) -> None:
     for weight, value in zip(weights, expected, strict=True):
         # float32's default; a weight moves by 0.25 in these steps.
         torch.testing.assert_close(weight.detach(), value.float())
+
+
+def test_average_follows_every_update(tmp_path: Path) -> None:
+    run = train(tiny(tmp_path / "run", steps=3, checkpoint_every=1, ema_decay=0.75))
+    name = "blocks.1.mlp.fc2.weight"
+    torch.manual_seed(0)
+    first = DiT(8, 4, 1, hidden_size=32, depth=2, num_heads=2, num_classes=10).state_dict()[name]
+    exact, plain = first.double(), first.clone()
+    for step in (1, 2, 3):
+        weight = tensors(run, step)[f"model.{name}"]
+        exact = 0.75 * exact + 0.25 * weight.double()
+        plain = 0.75 * plain + 0.25 * weight
+    assert_close(name, tensors(run, 3)[f"ema.{name}"], exact, plain)
 
 
 def test_position_embedding_is_not_trained(tmp_path: Path) -> None:

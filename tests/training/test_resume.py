@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,17 @@ def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     before, names = record(run, 4), checkpoints(run)
     assert train(tiny(tmp_path / "run", resume=True)) == run
     assert (record(run, 4), checkpoints(run)) == (before, names)
+
+
+def test_fine_tuning_is_resumed_without_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = train(tiny(tmp_path / "source", seed=1))
+    whole = train(tiny(tmp_path / "whole", init_from=str(source)))
+    _stopped_at(3, monkeypatch, tiny(tmp_path / "run", init_from=str(source)))
+    shutil.rmtree(source)
+    run = train(tiny(tmp_path / "run", init_from=str(source), resume=True))
+    _assert_same_run(run, whole, 4)
 
 
 def test_run_without_checkpoint_begins_anew(
