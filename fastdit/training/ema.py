@@ -14,7 +14,7 @@ class EMA:
     """ema <- decay · ema + (1 - decay) · weight, after every update of the weights.
 
     `model` is a copy of the averaged model in evaluation mode, float32. Parameters that are not trained (`pos_embed`)
-    are copied once and stay what they are: averaging them would only add rounding.
+    are copied once and never averaged, so they stay equal to the last bit.
 
     The average is written down as ema + (1 - decay) · (weight - ema), in one pass over all parameters. It needs
     float32: at a decay of 0.9999 a bfloat16 average does not move at all.

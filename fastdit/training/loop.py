@@ -116,6 +116,7 @@ class Trainer:
         self.summed = 0
         self.step = 0
         self.seconds = 0.0
+        self.since = 0.0  # where the clock stood when the current log interval began
         self.trained = Trained(self.model, self.ema.model, self.optimizer, self.generator)
         if previous is not None:
             self._restore(previous)

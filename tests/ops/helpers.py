@@ -1,0 +1,152 @@
+"""One computation three ways (exact, plain, tested), outputs and gradients, held to the rules of `fastdit.testing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdit.ops.operation import Operation
+from fastdit.testing import assert_close, assert_gradient_close, assert_same_bits, layouts
+
+Function = Callable[..., Any]
+Inputs = Mapping[str, Tensor | None]
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# N, T, D: a plain one, DiT-XL's head_dim, nothing even, single elements, and no sample.
+SIZES = [(2, 16, 64), (3, 5, 72), (3, 7, 33), (1, 1, 8), (2, 1, 1), (0, 4, 8)]
+each_size = pytest.mark.parametrize("size", SIZES, ids=str)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def _as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _run(
+    function: Function, inputs: Inputs, cotangents: list[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    leaves = {
+        name: value if value is None else value.detach().requires_grad_()
+        for name, value in inputs.items()
+    }
+    outputs = _as_tuple(function(**leaves))
+    pairs = zip(outputs, cotangents, strict=True)
+    sum((out * weight.to(out.dtype)).sum() for out, weight in pairs).backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf is not None}
+    return [out.detach() for out in outputs], gradients
+
+
+def assert_operation_close(
+    function: Function, reference: Function, inputs: Inputs, *, summed: Mapping[str, int]
+) -> None:
+    """Outputs by N1 and N2, gradients by N3; `summed` holds over how many terms the gradient of an input is summed.
+
+    Dtypes and shapes are those of the reference on the same inputs, and no input is changed.
+    """
+    before = {name: None if v is None else v.clone() for name, v in inputs.items()}
+    expected = _as_tuple(reference(**inputs))
+    # In 16 bits, so that the weighting is the same number in every dtype.
+    cotangents = [torch.randn(out.shape).bfloat16() for out in expected]
+    out, gradients = _run(function, inputs, cotangents)
+    plain, plain_gradients = _run(reference, inputs, cotangents)
+    wide = {name: None if v is None else v.double() for name, v in inputs.items()}
+    exact, exact_gradients = _run(reference, wide, cotangents)
+    for i, (found, wanted) in enumerate(zip(out, expected, strict=True)):
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert_close(f"output {i}", found, exact[i], plain[i])
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs[name].dtype, name
+        assert_gradient_close(
+            f"gradient of {name}",
+            gradient,
+            exact_gradients[name],
+            plain_gradients[name],
+            summed=summed.get(name, 1),
+        )
+    for name, value in inputs.items():
+        assert value is None or torch.equal(value, before[name]), f"{name} was changed"
+
+
+def assert_layouts_do_not_matter(function: Function, inputs: Inputs) -> None:
+    """N5: every input, and the gradient that arrives, in every layout: the same bits out and back."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    cotangents = [torch.randn(out.shape).to(out.dtype) for out in _as_tuple(function(**inputs))]
+
+    def run(inputs: Inputs, cotangents: list[Tensor]) -> list[Tensor]:
+        leaves = {n: v if v is None else v.detach().requires_grad_() for n, v in inputs.items()}
+        outputs = _as_tuple(function(**leaves))
+        wanted = [leaf for leaf in leaves.values() if leaf is not None]
+        return [*outputs, *torch.autograd.grad(outputs, wanted, cotangents)]
+
+    expected = run(inputs, cotangents)
+    for name, value in given.items():
+        for layout, variant in layouts(value).items():
+            for found, same in zip(
+                run({**inputs, name: variant}, cotangents), expected, strict=True
+            ):
+                assert_same_bits(f"{name} {layout}", found, same)
+    for i, cotangent in enumerate(cotangents):
+        for layout, variant in layouts(cotangent).items():
+            changed = [*cotangents[:i], variant, *cotangents[i + 1 :]]
+            for found, same in zip(run(inputs, changed), expected, strict=True):
+                assert_same_bits(f"gradient {i} {layout}", found, same)
+    ones = [torch.ones_like(cotangent) for cotangent in cotangents]
+    expanded = [torch.ones((), dtype=c.dtype).expand(c.shape) for c in cotangents]
+    for found, same in zip(run(inputs, expanded), run(inputs, ones), strict=True):
+        assert_same_bits("expanded gradient", found, same)
+
+
+def assert_gradcheck(function: Function, inputs: Inputs) -> None:
+    """The backward against finite differences, in float64."""
+    names = [name for name, value in inputs.items() if value is not None]
+    leaves = [inputs[name].double().detach().requires_grad_() for name in names]
+    constant = {name: None for name, value in inputs.items() if value is None}
+    assert torch.autograd.gradcheck(
+        lambda *tensors: function(**dict(zip(names, tensors, strict=True)), **constant), leaves
+    )
+
+
+OPCHECKS = ["plain", "gradient", "transposed", "batch 0", "odd", "mixed"]
+each_opcheck = pytest.mark.parametrize("case", OPCHECKS)
+
+
+def opcheck_tokens(case: str) -> tuple[Callable[..., Tensor], tuple[int, int, int], torch.dtype]:
+    """How to draw a tensor, N, T, D, and the dtype of what is not the residual stream, for a case of `OPCHECKS`."""
+    n, t, d = {"batch 0": (0, 4, 8), "odd": (3, 5, 7)}.get(case, (2, 4, 8))
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        value = draw(*shape, dtype=dtype)
+        if case == "transposed" and value.dim() > 1:
+            value = layouts(value)["transposed"]
+        return value.requires_grad_(case == "gradient")
+
+    return make, (n, t, d), torch.bfloat16 if case == "mixed" else torch.float32
+
+
+def opcheck(operator: Any, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(operator, arguments)
+
+
+@contextmanager
+def recording(monkeypatch: pytest.MonkeyPatch, operation: Operation) -> Iterator[list[str]]:
+    """Fills the native slot of `operation` with its reference, which notes its calls, on a machine that can run it."""
+    calls: list[str] = []
+    reference = operation.implementations["reference"]
+
+    def native(*arguments: Any) -> Any:
+        calls.append(operation.name)
+        return reference(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(operation.implementations, "native", native)
+        patch.setattr("fastdit.ops.operation.reasons_not_usable", lambda *_: [])
+        yield calls
