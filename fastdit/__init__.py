@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         get_2d_sincos_pos_embed,
         modulate,
     )
-    from .sampling import sample
+    from .sampling.sample import sample
     from .validation import validate
     from .weights import load_model, load_weights, save_weights
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from types import TracebackType
 
 import torch
@@ -75,6 +76,21 @@ def reasons_not_usable(backend: str, device_type: str | None = None) -> list[str
         elif device_type is not None and device_type != "cuda" and not interpreted:
             reasons.append(f"it runs on cuda, not on {device_type}")
     return reasons
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that an option names: "cpu", "cuda", "cuda:1", or "auto", which is CUDA where there is one.
+
+    Raises ValueError for another name and for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r}: allowed are 'auto', 'cpu', 'cuda', 'cuda:1'")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def describe() -> list[tuple[str, list[str]]]:

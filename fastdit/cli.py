@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,10 +25,11 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
-from .backend import active_backend, describe
+from .backend import active_backend, choose_device, describe
 from .data import VAE
 from .demo import demo
 from .files import write_json
+from .ops.operation import OPERATIONS
 from .sampling import Images, output_kind, sample, to_uint8, write_samples
 from .training import TrainConfig, train
 from .validation import nearest, require_choice
@@ -135,16 +137,31 @@ def run(args: Sequence[str]) -> None:
     }
     if args and not args[0].startswith("-"):
         require_choice("command", args[0], commands)
-    choices: list[Any] = [
-        Annotated[config, tyro.conf.subcommand(name)] for name, (config, _) in commands.items()
-    ]
+    choices: dict[str, Any] = {
+        name: Annotated[config, tyro.conf.subcommand(name)]
+        for name, (config, _) in commands.items()
+    }
+    if stored := stored_configuration(args):
+        choices["train"] = Annotated[TrainConfig, tyro.conf.subcommand("train", default=stored)]
     config = tyro.cli(
-        functools.reduce(operator.or_, choices),
+        functools.reduce(operator.or_, choices.values()),
         prog="fastdit",
         description=f"fastdit {__version__}: Diffusion Transformers. Errors are one line; --traceback shows where.",
         args=args,
     )
     next(function for kind, function in commands.values() if isinstance(config, kind))(config)
+
+
+def stored_configuration(args: Sequence[str]) -> TrainConfig | None:
+    """The configuration of the run that `train --resume --out RUN` continues, so that no option has to be repeated."""
+    if args[:1] != ["train"] or "--resume" not in args:
+        return None
+    run = TrainConfig.out
+    for argument, following in zip(args, [*args[1:], ""], strict=True):
+        if argument == "--out" or argument.startswith("--out="):
+            run = argument.removeprefix("--out=") if "=" in argument else following
+    path = Path(run) / "config.json"
+    return TrainConfig.from_json(path) if path.exists() else None
 
 
 def run_train(config: TrainConfig) -> None:
@@ -193,17 +210,6 @@ def run_sample(config: SampleConfig) -> None:
     weights, _ = locate(config.run, config.which)
     write_json(f"{config.out}.json", {"fastdit": __version__, "weights": str(weights), **asked})
     print(config.out)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device={name!r}: allowed are 'auto', 'cpu', 'cuda', 'cuda:1'")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def choose_labels(names: Sequence[str], classes: Sequence[str], num: int) -> list[int]:
@@ -265,6 +271,9 @@ def information() -> dict[str, Any]:
         "backends": {
             name: {"usable": not reasons, "reasons": reasons} for name, reasons in describe()
         },
+        "operations": {
+            one.name: one.backends() for one in OPERATIONS if not one.name.endswith("_backward")
+        },
     }
 
 
@@ -279,4 +288,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(
             f"  {name:12}{'usable' if backend['usable'] else '; '.join(backend['reasons'])}"
         )
+    lines += ["", "operations and their implementations"]
+    for name, backends in found["operations"].items():
+        lines.append(f"  {name:36}{', '.join(backends)}")
     return "\n".join(lines)

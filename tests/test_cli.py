@@ -358,11 +358,22 @@ def test_train_and_sample_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         ]
     )
     assert capsys.readouterr().out.splitlines()[-1] == str(run)
-    assert json.loads((run / "config.json").read_text())["hidden_size"] == 16
+    config = json.loads((run / "config.json").read_text())
+    assert (config["hidden_size"], config["steps"]) == (16, 2)
     sample_to(tmp_path / "x.npz", run, "--num", "3", "--labels", "7")
     with np.load(tmp_path / "x.npz") as opened:
         assert opened["arr_0"].shape == (3, 8, 8, 1)
         assert opened["arr_1"].tolist() == [7, 7, 7]
+
+    # Resuming needs the folder alone; what is given again overrides what the run was begun with.
+    for out in (["--out", str(run)], [f"--out={run}"]):
+        cli.main(["train", "--resume", "--steps", "3", *out])
+    assert json.loads((run / "config.json").read_text()) == {
+        **config,
+        "steps": 3,
+    }
+    assert "step 3 of 3" in capsys.readouterr().out
+    assert "--data" in answer(capsys, "train", "--resume", "--out", str(tmp_path / "other"))
 
 
 def test_demo_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +395,7 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert found["reference"] == "usable"
     assert found["native"] == "no compiler; no luck"
     assert "cpu" in found
+    assert found["layer_norm_modulate"] == "reference"
 
 
 def test_module_runs_as_a_command() -> None:

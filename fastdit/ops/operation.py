@@ -21,6 +21,9 @@ library = torch.library.Library("fastdit", "DEF")
 _PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
 
+OPERATIONS: list[Operation] = []  # all of them, as they were registered
+
+
 class Operation:
     """`torch.ops.fastdit.<name>`, registered for every device, and what runs behind it."""
 
@@ -29,6 +32,7 @@ class Operation:
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.implementations: dict[str, Callable[..., Any]] = {"reference": reference}
+        OPERATIONS.append(self)
         library.define(schema)
         library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastdit::{self.name}", fake, lib=library)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import files
+from ..backend import choose_device
 from ..data import VAE, Digits, EpochBatchSampler, ImageFolder
 from ..data.sampler import derived_seed
 from ..diffusion import create_diffusion
@@ -59,7 +60,7 @@ def train(config: TrainConfig) -> Path:
     whose model, data or classes changed, data smaller than a batch), and FloatingPointError where the loss or the
     gradient stops being finite; the checkpoints that were written before stay.
     """
-    device = _device(config.device)
+    device = choose_device(config.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         return Trainer(config, device).run()
 
@@ -325,7 +326,7 @@ class Trainer:
         classes = len(self.dataset.classes)
         print(
             f"model   {_name(config)}, {_parameters(model)}, "
-            f"{multiply_adds(model) / 1e9:.4g} billion multiply-adds per image of "
+            f"{multiply_adds(model) / 1e6:,.1f} million multiply-adds per image of "
             f"{model.in_channels}x{height}x{width}\n"
             f"data    {config.data}, {len(self.dataset):,} images in {classes:,} classes"
             f"{'' if config.vae is None else f', latents of {config.vae}'}\n"
@@ -374,17 +375,6 @@ class Trainer:
 
 
 # ------------------------------------------------------------------ what a configuration stands for
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
 
 
 def _num_workers(config: TrainConfig) -> int:

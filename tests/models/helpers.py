@@ -107,9 +107,7 @@ def assert_matches_reference(model: fastdit.DiT, x: Tensor, t: Tensor, y: Tensor
         )
 
 
-def assert_same_call(
-    model: nn.Module, other: nn.Module, x: Tensor, t: Tensor, y: Tensor
-) -> None:
+def assert_same_call(model: nn.Module, other: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> None:
     """The same bits from both models: output and gradients (by position, since wrappers rename parameters)."""
     out, gradients = output_and_gradients(model, x, t, y)
     expected, expected_gradients = output_and_gradients(other, x, t, y)

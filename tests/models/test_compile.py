@@ -201,4 +201,3 @@ def test_export(conditioning: str) -> None:
         other = make_inputs(model, n=n)
         torch.testing.assert_close(program.module()(*other), model(*other))
     assert set(program.state_dict) == set(model.state_dict())
-

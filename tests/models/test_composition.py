@@ -1,4 +1,4 @@
-"""Whatever users wrap, hook, swap or cast must give the plain call's numbers, and be called where the original calls it."""
+"""What users wrap, hook, swap or cast gives the plain call's numbers, and is called where the original calls it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def test_global_hooks_see_every_submodule() -> None:
     finally:
         handle.remove()
     containers = (nn.ModuleList,)
-    missed = [n for n, m in model.named_modules() if m not in seen and not isinstance(m, containers)]
+    missed = [
+        n for n, m in model.named_modules() if m not in seen and not isinstance(m, containers)
+    ]
     assert missed == []
 
 
@@ -384,16 +386,16 @@ def test_per_sample_gradients() -> None:
     weights = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(weights: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch.func.functional_call(model, weights, (x[None], t[None], y[None])).square().sum()
+        return (
+            torch.func.functional_call(model, weights, (x[None], t[None], y[None])).square().sum()
+        )
 
     with fastdit.use_backend("reference"):  # torch's fused attention has no rule for vmap
         gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(weights, x, t, y)
     model(x, t, y).square().sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(
-                gradients[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(gradients[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 # Dtypes, copies, and weights that are replaced.

@@ -179,7 +179,9 @@ def test_initialisation_is_the_originals_for_a_seed() -> None:
 
 @each_conditioning
 def test_initialisation(conditioning: str) -> None:
-    model = fastdit.DiT(input_size=4, hidden_size=64, depth=2, num_heads=2, conditioning=conditioning)
+    model = fastdit.DiT(
+        input_size=4, hidden_size=64, depth=2, num_heads=2, conditioning=conditioning
+    )
     modulations = 0
     for name, parameter in model.named_parameters():
         modulation = "adaLN_modulation" in name
@@ -217,7 +219,11 @@ def test_constructor_is_the_originals() -> None:
     assert (model.in_channels, model.out_channels, model.learn_sigma) == (4, 8, True)
     assert (model.patch_size, model.num_heads, model.null_label) == (2, 16, 1000)
     assert (model.x_embedder.num_patches, model.x_embedder.patch_size) == (256, (2, 2))
-    assert (positional.out_channels, positional.null_label, positional.input_size) == (3, None, (16, 16))
+    assert (positional.out_channels, positional.null_label, positional.input_size) == (
+        3,
+        None,
+        (16, 16),
+    )
 
 
 @each_conditioning
@@ -507,7 +513,9 @@ def test_forward_tokens_is_forward_before_unpatchify(conditioning: str) -> None:
         out = model(*inputs)
     # out[c, 2h + p, 2w + q] = tokens[h * W + w, (p * 2 + q) * 8 + c]
     for c, h, p, w, q in ((0, 0, 0, 0, 1), (7, 1, 1, 2, 0), (3, 1, 0, 1, 1)):
-        assert torch.equal(out[:, c, 2 * h + p, 2 * w + q], tokens[:, h * 3 + w, (p * 2 + q) * 8 + c])
+        assert torch.equal(
+            out[:, c, 2 * h + p, 2 * w + q], tokens[:, h * 3 + w, (p * 2 + q) * 8 + c]
+        )
     assert torch.equal(model.unpatchify(tokens), out)
 
 
@@ -570,5 +578,7 @@ def test_gradients_under_autocast(conditioning: str) -> None:
 def test_conditionings_differ() -> None:
     names = [tuple(make_model(c).state_dict()) for c in CONDITIONINGS]
     assert len(set(names)) == 3  # adaLN has the names of adaLN-Zero, in other shapes
-    shapes = [make_model(c).state_dict().get("blocks.0.adaLN_modulation.1.weight") for c in CONDITIONINGS]
+    shapes = [
+        make_model(c).state_dict().get("blocks.0.adaLN_modulation.1.weight") for c in CONDITIONINGS
+    ]
     assert [None if s is None else len(s) for s in shapes] == [288, 192, None, None]

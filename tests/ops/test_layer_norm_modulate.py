@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastdit import ops, reference
 from fastdit.testing import Guarded, assert_close, assert_row_local, poisoned_memory
@@ -19,8 +18,7 @@ from .helpers import (
     each_dtype,
     each_opcheck,
     each_size,
-    opcheck,
-    opcheck_tokens,
+    opcheck_inputs,
 )
 
 MODULE = importlib.import_module("fastdit.ops.layer_norm_modulate")
@@ -28,11 +26,7 @@ OPERATOR = torch.ops.fastdit.layer_norm_modulate.default
 BACKWARD = torch.ops.fastdit.layer_norm_modulate_backward.default
 
 
-def registered(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return OPERATOR(x, shift, scale, 1e-6, x.dtype)[0]
-
-
-each_way = pytest.mark.parametrize("function", [ops.layer_norm_modulate, registered])
+both_ways = pytest.mark.usefixtures("way")
 each_vectors = pytest.mark.parametrize("vectors", ["(N, D)", "(D,)", "chunks", "none"])
 
 
@@ -54,103 +48,111 @@ def summed(size: tuple[int, int, int], vectors: str) -> dict[str, int]:
     return {"shift": terms, "scale": terms}
 
 
-@each_way
+@both_ways
 @each_dtype
 @each_size
 @each_vectors
 def test_matches_the_reference(
-    function: Any, dtype: torch.dtype, size: tuple[int, int, int], vectors: str
+    dtype: torch.dtype, size: tuple[int, int, int], vectors: str
 ) -> None:
     inputs = make(size, vectors, dtype)
     assert_operation_close(
-        function, reference.layer_norm_modulate, inputs, summed=summed(size, vectors)
+        ops.layer_norm_modulate, reference.layer_norm_modulate, inputs, summed=summed(size, vectors)
     )
 
 
-@each_way
+@both_ways
 @each_vectors
-def test_gradcheck(function: Any, vectors: str) -> None:
-    assert_gradcheck(function, make((2, 3, 5), vectors))
+def test_gradcheck(vectors: str) -> None:
+    assert_gradcheck(ops.layer_norm_modulate, make((2, 3, 5), vectors))
 
 
-@each_way
+@both_ways
 @each_vectors
-def test_layouts(function: Any, vectors: str) -> None:
-    assert_layouts_do_not_matter(function, make((2, 4, 6), vectors))
+def test_layouts(vectors: str) -> None:
+    assert_layouts_do_not_matter(
+        ops.layer_norm_modulate, make((2, 4, 6), vectors), summed=summed((2, 4, 6), vectors)
+    )
 
 
-@each_way
+@both_ways
 @pytest.mark.parametrize(
     ("x_dtype", "vector_dtype"),
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
     ids=["wide stream", "wide vectors"],
 )
-def test_mixed_dtypes(function: Any, x_dtype: torch.dtype, vector_dtype: torch.dtype) -> None:
+def test_mixed_dtypes(x_dtype: torch.dtype, vector_dtype: torch.dtype) -> None:
     inputs = {
         "x": draw(2, 8, 16, dtype=x_dtype),
         "shift": draw(2, 16, dtype=vector_dtype),
         "scale": draw(2, 16, dtype=vector_dtype),
     }
     assert_operation_close(
-        function, reference.layer_norm_modulate, inputs, summed={"shift": 8, "scale": 8}
+        ops.layer_norm_modulate,
+        reference.layer_norm_modulate,
+        inputs,
+        summed={"shift": 8, "scale": 8},
     )
 
 
+@both_ways
 @pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.5])
 def test_eps_and_out_dtype(eps: float) -> None:
     x, shift, scale = draw(2, 3, 16) * 1e-3, draw(2, 16), draw(2, 16)
     exact = reference.layer_norm_modulate(
         x.double(), shift=shift.double(), scale=scale.double(), eps=eps
     )
+    plain = reference.layer_norm_modulate(x, shift=shift, scale=scale, eps=eps)
     for out_dtype in (None, torch.bfloat16, torch.float64):
-        plain = reference.layer_norm_modulate(x, shift=shift, scale=scale, eps=eps)
-        for out in (
-            ops.layer_norm_modulate(x, shift=shift, scale=scale, eps=eps, out_dtype=out_dtype),
-            OPERATOR(x, shift, scale, eps, out_dtype or x.dtype)[0],
-        ):
-            assert out.dtype == (out_dtype or torch.float32)
-            assert_close(f"{out_dtype}", out, exact, plain.to(out.dtype))
+        out = ops.layer_norm_modulate(x, shift=shift, scale=scale, eps=eps, out_dtype=out_dtype)
+        assert out.dtype == (out_dtype or torch.float32)
+        assert_close(f"{out_dtype}", out, exact, plain.to(out.dtype))
     _, mean, rstd = OPERATOR(x, shift, scale, eps, torch.bfloat16)
     assert mean.dtype == rstd.dtype == torch.float32
     torch.testing.assert_close(mean, x.mean(-1))
     torch.testing.assert_close(rstd, (x.var(-1, correction=0) + eps).rsqrt())
 
 
-@each_way
-def test_large_mean_does_not_cancel(function: Any) -> None:
+@both_ways
+def test_large_mean_does_not_cancel() -> None:
     """A variance as E[x^2] - E[x]^2 would lose everything here."""
     x = draw(2, 4, 256) + 1e4
     inputs = {"x": x, "shift": draw(2, 256), "scale": draw(2, 256)}
     assert_operation_close(
-        function, reference.layer_norm_modulate, inputs, summed={"shift": 4, "scale": 4}
+        ops.layer_norm_modulate,
+        reference.layer_norm_modulate,
+        inputs,
+        summed={"shift": 4, "scale": 4},
     )
 
 
-@each_way
-def test_largest_numbers_of_float16(function: Any) -> None:
+@both_ways
+def test_largest_numbers_of_float16() -> None:
     inputs = make((2, 4, 64), "(N, D)", torch.float16)
     inputs = {**inputs, "x": inputs["x"].clamp(-1, 1) * (0.9 * 65504 / 64**0.5)}
-    assert function(**inputs).isfinite().all()
+    assert ops.layer_norm_modulate(**inputs).isfinite().all()
 
 
-@each_way
-def test_rows_are_independent(function: Any) -> None:
+@both_ways
+def test_rows_are_independent() -> None:
     inputs = make((4, 3, 8), "(N, D)")
-    assert_row_local("x", lambda x: function(**{**inputs, "x": x}), inputs["x"], 1)
-    assert_row_local("scale", lambda s: function(**{**inputs, "scale": s}), inputs["scale"], 2)
-    whole = function(**inputs)
-    alone = function(**{name: value[2:3] for name, value in inputs.items()})
+    assert_row_local("x", lambda x: ops.layer_norm_modulate(**{**inputs, "x": x}), inputs["x"], 1)
+    assert_row_local(
+        "scale", lambda s: ops.layer_norm_modulate(**{**inputs, "scale": s}), inputs["scale"], 2
+    )
+    whole = ops.layer_norm_modulate(**inputs)
+    alone = ops.layer_norm_modulate(**{name: value[2:3] for name, value in inputs.items()})
     assert torch.equal(whole[2:3], alone)
 
 
-@each_way
-def test_memory(function: Any) -> None:
+@both_ways
+def test_memory() -> None:
     inputs = make((2, 3, 8), "(N, D)")
-    expected = function(**inputs)
+    expected = ops.layer_norm_modulate(**inputs)
     guarded = {name: Guarded(value) for name, value in inputs.items()}
     leaves = {name: guard.tensor.requires_grad_() for name, guard in guarded.items()}
     with poisoned_memory():
-        out = function(**leaves)
+        out = ops.layer_norm_modulate(**leaves)
         out.sum().backward()
     assert torch.equal(out, expected)
     for name, guard in guarded.items():
@@ -160,21 +162,21 @@ def test_memory(function: Any) -> None:
 
 @each_opcheck
 def test_opcheck(case: str) -> None:
-    make, (n, t, d), narrow = opcheck_tokens(case)
+    make, (n, t, d), narrow = opcheck_inputs(case)
     x, shift, scale = make(n, t, d), make(n, d, dtype=narrow), make(n, d, dtype=narrow)
-    opcheck(OPERATOR, (x, shift, scale, 1e-6, narrow))
-    opcheck(OPERATOR, (x, make(d), make(d), 1e-6, narrow))
-    opcheck(OPERATOR, (x, None, None, 1e-6, narrow))
+    torch.library.opcheck(OPERATOR, (x, shift, scale, 1e-6, narrow))
+    torch.library.opcheck(OPERATOR, (x, make(d), make(d), 1e-6, narrow))
+    torch.library.opcheck(OPERATOR, (x, None, None, 1e-6, narrow))
 
 
-@pytest.mark.parametrize("case", ["plain", "transposed", "batch 0", "odd", "mixed"])
+@each_opcheck
 def test_opcheck_backward(case: str) -> None:
-    make, (n, t, d), narrow = opcheck_tokens(case)
+    make, (n, t, d), narrow = opcheck_inputs(case)
     x, dh, mean, rstd = make(n, t, d), make(n, t, d, dtype=narrow), make(n, t), make(n, t).abs()
     vectors = make(n, d, dtype=narrow), make(n, d, dtype=narrow)
-    opcheck(BACKWARD, (dh, x, *vectors, mean, rstd))
-    opcheck(BACKWARD, (dh, x, make(d), make(d), mean, rstd))
-    opcheck(BACKWARD, (dh, x, None, None, mean, rstd))
+    torch.library.opcheck(BACKWARD, (dh, x, *vectors, mean, rstd))
+    torch.library.opcheck(BACKWARD, (dh, x, make(d), make(d), mean, rstd))
+    torch.library.opcheck(BACKWARD, (dh, x, None, None, mean, rstd))
 
 
 def test_fake_shapes() -> None:

@@ -286,7 +286,7 @@ def test_start_says_what_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     parameters = sum(p.numel() for p in model.parameters())
     assert f"{parameters:,} parameters" in lines[0]
-    assert f"{multiply_adds(model) / 1e9:.4g} billion multiply-adds" in lines[0]
+    assert f"{multiply_adds(model) / 1e6:,.1f} million multiply-adds" in lines[0]
     assert "digits, 1,797 images in 10 classes" in lines[1]
     assert "cpu, fp32" in lines[2]
     assert f"{run}, step 0 of 4" in lines[3]
