@@ -101,7 +101,7 @@ class Trainer:
             lr=config.lr,
             betas=(0.9, 0.999),
             weight_decay=config.weight_decay,
-            fused=True if device.type == "cuda" else None,
+            fused=True,
         )
         self.diffusion_options: dict[str, Any] = {
             "noise_schedule": config.noise_schedule,
