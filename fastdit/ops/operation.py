@@ -31,7 +31,7 @@ class Operation:
         self, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
     ) -> None:
         self.name = schema[: schema.index("(")]
-        self.implementations: dict[str, Callable[..., Any]] = {"reference": reference}
+        self.implementations: dict[str, Callable[..., Any]] = {"reference": _contiguous(reference)}
         OPERATIONS.append(self)
         library.define(schema)
         library.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -63,6 +63,18 @@ class Operation:
 
     def _run(self, first: Tensor, *others: Any) -> Any:
         return self.implementations[self.choose(first.device)](first, *others)
+
+
+def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`reference` with contiguous results, whatever the strides of its inputs: the layout that the fakes promise."""
+
+    def run(*arguments: Any) -> Any:
+        results = reference(*arguments)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(result.contiguous() for result in results)
+
+    return run
 
 
 def require_tokens(argument: str, x: Tensor) -> None:

@@ -110,7 +110,8 @@ def layer_norm_modulate_forward(
     """`layer_norm_modulate`, and what its backward needs: mean and 1/std of every row, (N, T), float32 or float64."""
     h = layer_norm_modulate(x, shift=shift, scale=scale, eps=eps, out_dtype=out_dtype)
     rows = x.to(_statistics_dtype(x))
-    variance, mean = torch.var_mean(rows, dim=-1, correction=0)
+    mean = rows.mean(dim=-1)
+    variance = (rows - mean.unsqueeze(-1)).square().mean(dim=-1)
     return h, mean, torch.rsqrt(variance + eps)
 
 

@@ -1,4 +1,4 @@
-"""The slots of an operation: which implementation runs, in eager, under autograd, compiled, and what the refusals say."""
+"""The slots of an operation: which implementation runs, eager, differentiated and compiled, and what refusals say."""
 
 from __future__ import annotations
 
