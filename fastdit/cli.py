@@ -1,7 +1,8 @@
 """The command `fastdit`: train, sample, info and demo.
 
-Every option is a field of a dataclass, and its docstring the help. What a user can have done wrong is answered in one
-line on stderr and exit status 2; `--traceback` (or FASTDIT_TRACEBACK=1) shows where it happened. Ctrl-C exits with 130.
+Every option is a field of a dataclass, and its docstring the help. A wrong option is answered by the parser, and what
+else a user can have done wrong in one line on stderr, with exit status 2 and, after `--traceback` or with
+FASTDIT_TRACEBACK=1, where it happened. Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class SampleConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the model under autocast; the state between the steps is float32 either way."""
     out: str = "samples.png"
-    """x.png is a grid, x.npz holds arr_0 uint8 (N, H, W, C) and arr_1 int64 labels, else a new folder of PNGs."""
+    """x.png is a grid, x.npz holds arr_0 uint8 (N, H, W, C) and arr_1 int64 labels, else a new folder of PNGs. A file
+    is replaced."""
 
 
 @dataclass
@@ -135,6 +137,9 @@ def run(args: Sequence[str]) -> None:
         "info": (InfoConfig, run_info),
         "demo": (DemoConfig, run_demo),
     }
+    if args == ["--version"]:
+        print(f"fastdit {__version__}")
+        return
     if args and not args[0].startswith("-"):
         require_choice("command", args[0], commands)
     choices: dict[str, Any] = {
@@ -146,7 +151,7 @@ def run(args: Sequence[str]) -> None:
     config = tyro.cli(
         functools.reduce(operator.or_, choices.values()),
         prog="fastdit",
-        description=f"fastdit {__version__}: Diffusion Transformers. Errors are one line; --traceback shows where.",
+        description=f"fastdit {__version__}: Diffusion Transformers. --traceback shows where an error happened.",
         args=args,
     )
     next(function for kind, function in commands.values() if isinstance(config, kind))(config)
@@ -161,7 +166,9 @@ def stored_configuration(args: Sequence[str]) -> TrainConfig | None:
         if argument == "--out" or argument.startswith("--out="):
             run = argument.removeprefix("--out=") if "=" in argument else following
     path = Path(run) / "config.json"
-    return TrainConfig.from_json(path) if path.exists() else None
+    if not path.exists():
+        raise ValueError(f"out={run!r}: no run to resume, expected {path}")
+    return TrainConfig.from_json(path)
 
 
 def run_train(config: TrainConfig) -> None:

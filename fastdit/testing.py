@@ -32,8 +32,8 @@ from torch import Tensor
 
 def relative_rms(out: Tensor, exact: Tensor) -> float:
     """`||out - exact|| / ||exact||`, in float64."""
-    exact = exact.double()
-    return float((out.double() - exact).norm() / exact.norm())
+    out, exact = out.detach().double(), exact.detach().double()
+    return float((out - exact).norm() / exact.norm())
 
 
 def rounding_noise(exact: Tensor, dtype: torch.dtype) -> float:

@@ -182,7 +182,10 @@ def _not_weights(start: bytes) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "this is a pickled PyTorch checkpoint; only .safetensors files are read"
+        return (
+            "this is a pickled PyTorch checkpoint; only .safetensors files are read; convert its state dict with "
+            "fastdit.save_weights(torch.load(path, weights_only=True), 'x.safetensors')"
+        )
     return None
 
 

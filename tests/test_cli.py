@@ -373,7 +373,9 @@ def test_train_and_sample_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "steps": 3,
     }
     assert "step 3 of 3" in capsys.readouterr().out
-    assert "--data" in answer(capsys, "train", "--resume", "--out", str(tmp_path / "other"))
+    assert "no run to resume" in answer(
+        capsys, "train", "--resume", "--out", str(tmp_path / "other")
+    )
 
 
 def test_demo_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,11 @@ def _read_image(path: str, channels: int, size: int) -> Image:
         _require_size(image, size)
         return _convert(image, channels)
     except (*DAMAGED, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
-        reason = "the file is empty" if not data else str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if not data:
+            reason = "the file is empty"
+        elif isinstance(error, pillow.UnidentifiedImageError):
+            reason = "an unknown or damaged format"  # Pillow's own words name a buffer in memory
         raise ValueError(f"{path}: not a usable image: {reason}") from error
 
 

@@ -65,7 +65,10 @@ def start_noise(
     if noise is not None:
         require_like("noise", noise, shape, noise)
         asked = noise.device if device is None else torch.device(device)
-        if asked.type != noise.device.type or asked.index not in (None, noise.device.index):
+        indices = {asked.index, noise.device.index} - {
+            None
+        }  # "cuda" is any of them, "cpu" is "cpu:0"
+        if asked.type != noise.device.type or len(indices) > 1:
             raise ValueError(f"device={device}, but noise is on {noise.device}: must be the same")
         return noise
     device = _model_device(model) if device is None else torch.device(device)

@@ -36,13 +36,14 @@ class Attention(nn.Module):
             raise ValueError(f"hidden_size={dim}: must be divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).unbind(2)
-        return self.proj(ops.attention(q, k, v).reshape(n, t, d))
+        return self.proj(ops.attention(q, k, v, scale=self.scale).reshape(n, t, d))
 
 
 class CrossAttention(nn.Module):
@@ -175,22 +176,6 @@ class DiTBlock(nn.Module):
         return materialise(x, mine) if pending is None else (x, mine)
 
 
-def hands_on(block: nn.Module) -> bool:
-    """Whether `block` may be called with `pending`.
-
-    Not a foreign module or a wrapper, which knows only `block(x, c)`, and not a block with hooks, which want the
-    original's arguments and result.
-    """
-    inner = getattr(block, "_orig_mod", block)  # torch.compile(block)
-    return (
-        isinstance(inner, DiTBlock)
-        and type(inner).forward is DiTBlock.forward
-        and "forward" not in inner.__dict__
-        and not user_hooks(inner)
-        and (inner is block or not user_hooks(block))
-    )
-
-
 class CrossAttentionBlock(nn.Module):
     """Self-attention, attention to the conditioning tokens c (N, 2, D), which are the timestep's and the label's, MLP.
 
@@ -269,6 +254,26 @@ class FinalLayer(nn.Module):
         shift, scale = modulation.chunk(2, dim=1)
         _, h = seam(self.norm_final, x, pending, shift, scale)
         return self.linear(h)
+
+
+# As they are written here: a subclass or a patched class may have another `forward`.
+_FORWARDS = (DiTBlock.forward, FinalLayer.forward)
+
+
+def hands_on(module: nn.Module) -> bool:
+    """Whether a block or final layer may be called with `pending`.
+
+    Not a foreign module or a wrapper, which knows only `module(x, c)`, and not one with hooks or a `forward` of its
+    own, which want the original's arguments and result.
+    """
+    inner = getattr(module, "_orig_mod", module)  # torch.compile(module)
+    return (
+        isinstance(inner, (DiTBlock, FinalLayer))
+        and type(inner).forward in _FORWARDS
+        and "forward" not in inner.__dict__
+        and not user_hooks(inner)
+        and (inner is module or not user_hooks(module))
+    )
 
 
 def make_block(

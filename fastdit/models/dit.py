@@ -5,6 +5,8 @@ Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -29,7 +31,6 @@ from .blocks import (
     materialise,
 )
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from .fusible import user_hooks
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -56,6 +57,8 @@ class DiT(nn.Module):
     Raises ValueError naming the argument for sizes that do not fit together.
     """
 
+    num_timesteps = 1000  # of the process that it denoises; only `check_values` reads it
+
     def __init__(
         self,
         input_size: int | tuple[int, int] = 32,
@@ -73,16 +76,12 @@ class DiT(nn.Module):
         residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "num_classes": num_classes,
-        }.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a positive integer")
+        patch_size = _positive_integer("patch_size", patch_size)
+        in_channels = _positive_integer("in_channels", in_channels)
+        hidden_size = _positive_integer("hidden_size", hidden_size)
+        depth = _positive_integer("depth", depth)
+        num_heads = _positive_integer("num_heads", num_heads)
+        num_classes = _positive_integer("num_classes", num_classes)
         if hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size}: must be divisible by 4")
         if hidden_size % num_heads:
@@ -100,8 +99,9 @@ class DiT(nn.Module):
             raise TypeError(
                 f"residual_dtype={residual_dtype!r}: must be None or a floating-point dtype"
             )
-        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        if len(size) != 2 or any(not isinstance(s, int) or s < 1 or s % patch_size for s in size):
+        sides = input_size if isinstance(input_size, (tuple, list)) else (input_size, input_size)
+        size = tuple(_positive_integer("input_size", side) for side in sides)
+        if len(size) != 2 or any(side % patch_size for side in size):
             raise ValueError(
                 f"input_size={input_size!r}: must be one or two positive integers divisible by patch_size={patch_size}"
             )
@@ -252,7 +252,12 @@ class DiT(nn.Module):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Tokens to images: (N, T, P*P*out_channels) -> (N, out_channels, H, W)."""
-        return ops.unpatchify(x, self.patch_size, self.out_channels, self.x_embedder.grid_size)
+        grid = self.x_embedder.grid_size
+        if x.dim() == 3 and x.shape[1] != grid[0] * grid[1]:
+            grid = (
+                math.isqrt(x.shape[1]),
+            ) * 2  # as the original, which takes any square number of tokens
+        return ops.unpatchify(x, self.patch_size, self.out_channels, grid)
 
     def _forward_tokens(
         self, x: Tensor, t: Tensor, y: Tensor, return_hidden: Sequence[int]
@@ -289,24 +294,27 @@ class DiT(nn.Module):
             if index in return_hidden:
                 x, pending = materialise(x, pending), ()
                 hidden.append(self._image_tokens(x))
-        if user_hooks(self.final_layer):
-            x, pending = materialise(x, pending), ()
-        if not pending:
-            return self.final_layer(self._image_tokens(x), c), hidden
-        return self.final_layer(x, c, pending), hidden
+        if pending and hands_on(self.final_layer):
+            return self.final_layer(x, c, pending), hidden
+        return self.final_layer(self._image_tokens(materialise(x, pending)), c), hidden
 
     def _image_tokens(self, x: Tensor) -> Tensor:
         return x[:, :-2] if self.conditioning == "in_context" else x
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises for a wrong type, shape, dtype or device; returns t as (N,) and y as an index."""
+        """Raises for a wrong type, shape, dtype or device; returns t as (N,) and y as an index.
+
+        Embedders of another class, which somebody put in, know themselves what they take.
+        """
         require_floating("x", x)
-        expected = (self.in_channels, *self.input_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"x: expected shape (N, {', '.join(map(str, expected))}) from in_channels={self.in_channels} and "
-                f"input_size={self.input_size}, got {tuple(x.shape)}{self._hint(x)}"
-            )
+        if type(self.x_embedder) is PatchEmbed:
+            channels = getattr(self.x_embedder.proj, "in_channels", self.in_channels)
+            expected = (channels, *self.x_embedder.img_size)
+            if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+                raise ValueError(
+                    f"x: expected shape (N, {', '.join(map(str, expected))}) from in_channels={channels} and "
+                    f"input_size={expected[1:]}, got {tuple(x.shape)}{self._hint(x)}"
+                )
         dtype = self.pos_embed.dtype
         if x.dtype != dtype:
             autocast = autocast_enabled(x.device)
@@ -331,13 +339,15 @@ class DiT(nn.Module):
             )
         if t.dtype is torch.bool or t.is_complex():
             raise TypeError(f"t: expected integers or floats, got dtype {t.dtype}")
+        require_same_device(x=x, t=t, y=y, model=self.pos_embed)
+        if type(self.y_embedder) is not LabelEmbedder:
+            return t, y
         if y.dtype not in _INTEGERS:
             raise TypeError(f"y: expected integer labels, got dtype {y.dtype}")
         if y.shape != (n,):
             one_hot = y.dim() == 2 and y.shape[1] in (self.num_classes, self.num_classes + 1)
             hint = "; for one-hot labels use y.argmax(1)" if one_hot else ""
             raise ValueError(f"y: expected shape ({n},), got {tuple(y.shape)}{hint}")
-        require_same_device(x=x, t=t, y=y, model=self.pos_embed)
         return t, y if y.dtype in (torch.int64, torch.int32) else y.long()
 
     def _hint(self, x: Tensor) -> str:
@@ -355,9 +365,9 @@ class DiT(nn.Module):
         """Reads values from the device; raises ValueError for labels or timesteps out of range, NaN and Inf.
 
         Called once at the entry of sampling and training, and on every call under `fastdit.validate("full")`. None
-        skips an argument. Warns if all t are fractions up to 1, since timesteps are 0 .. 999 here.
+        skips an argument. Warns if all t are fractions up to 1, since timesteps are 0 .. num_timesteps - 1.
         """
-        if y is not None and y.numel():
+        if y is not None and y.numel() and type(self.y_embedder) is LabelEmbedder:
             highest = self.num_classes - 1 if self.null_label is None else self.num_classes
             wrong = ((y < 0) | (y > highest)).nonzero()
             if len(wrong):
@@ -370,19 +380,29 @@ class DiT(nn.Module):
                     hint = f"; the null label is {self.null_label}"
                 raise ValueError(f"y[{index}]={label}: allowed are 0 .. {highest}{hint}")
         if t is not None and t.numel():
-            bad = (~((t >= 0) & (t <= 1000))).nonzero()  # a NaN fails both comparisons
+            # Continuous times of other processes may reach the end. A NaN fails both comparisons.
+            last = self.num_timesteps if t.is_floating_point() else self.num_timesteps - 1
+            bad = (~((t >= 0) & (t <= last))).nonzero()
             if len(bad):
                 index = int(bad[0])
                 raise ValueError(
-                    f"t[{index}]={t.reshape(-1)[index].item()}: timesteps are 0 .. 999"
+                    f"t[{index}]={t.reshape(-1)[index].item()}: allowed are 0 .. {last}, "
+                    f"from the model's num_timesteps={self.num_timesteps}"
                 )
             if t.is_floating_point() and bool((t <= 1).all()) and bool((t != t.round()).any()):
                 warnings.warn(
-                    "t: all timesteps are fractions up to 1; this model takes timesteps 0 .. 999",
+                    "t: all timesteps are fractions up to 1; this model takes timesteps 0 .. "
+                    f"{self.num_timesteps - 1}",
                     stacklevel=2,
                 )
         if x is not None and not bool(x.isfinite().all()):
             raise ValueError(f"x: has {int((~x.isfinite()).sum())} values that are NaN or Inf")
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a positive integer")
+    return int(value)
 
 
 def _guidance_scale(cfg_scale: float | Tensor, n: int, x: Tensor) -> float | Tensor:
@@ -397,11 +417,11 @@ def _guidance_scale(cfg_scale: float | Tensor, n: int, x: Tensor) -> float | Ten
             )
         require_same_device(x=x, cfg_scale=cfg_scale)
         return cfg_scale.reshape(n, 1, 1, 1).to(x.dtype)
-    if not isinstance(cfg_scale, (int, float)) or isinstance(cfg_scale, bool):
+    if not isinstance(cfg_scale, numbers.Real) or isinstance(cfg_scale, bool):
         raise TypeError(f"cfg_scale={cfg_scale!r}: expected a number or a tensor")
     if cfg_scale != cfg_scale or cfg_scale in (float("inf"), float("-inf")):
         raise ValueError(f"cfg_scale={cfg_scale!r}: must be finite")
-    return cfg_scale
+    return float(cfg_scale)
 
 
 # The models of the paper, table 1.

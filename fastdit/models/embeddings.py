@@ -116,7 +116,7 @@ def get_2d_sincos_pos_embed(
 
     Raises ValueError unless embed_dim is divisible by 4.
     """
-    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    rows, columns = grid_size if isinstance(grid_size, (tuple, list)) else (grid_size, grid_size)
     column, row = np.meshgrid(
         np.arange(columns, dtype=np.float32), np.arange(rows, dtype=np.float32)
     )

@@ -11,14 +11,16 @@ is a function of (seed, step), so a resumed run goes on bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -121,6 +123,10 @@ class Trainer:
         self.trained = Trained(self.model, self.ema.model, self.optimizer, self.generator)
         if previous is not None:
             self._restore(previous)
+        if self.step > config.steps:
+            raise ValueError(
+                f"steps={config.steps}: the run in {config.out} is at step {self.step}"
+            )
 
         self.predict = self._compiled()
         self.pictures = not plots.missing_packages()
@@ -128,12 +134,20 @@ class Trainer:
     def run(self) -> Path:
         """Goes through the steps that are left, and returns the run folder."""
         config = self.config
+        if self.step == config.steps:
+            print(
+                f"{self.folder} is at step {self.step:,} of {config.steps:,}: nothing is left to do"
+            )
+            return self.folder
         batches = self._batches()
         # Read before anything is written, so that unusable data leaves no run behind.
         batches = itertools.chain([next(batches)], batches)
         self._begin()
         self.since = time.perf_counter()
-        with tqdm(initial=self.step, total=config.steps, unit="step", disable=None) as bar:
+        with (
+            tqdm(initial=self.step, total=config.steps, unit="step", disable=None) as bar,
+            _interrupts() as interrupted,
+        ):
             while self.step < config.steps:
                 self._update(*next(batches))
                 self.step += 1
@@ -141,8 +155,11 @@ class Trainer:
                     self._log(bar)
                 if self._due(config.sample_every):
                     self._draw_samples()
-                if self._due(config.checkpoint_every):
+                if self._due(config.checkpoint_every) or interrupted:
                     self._save()
+                if interrupted:
+                    print(f"interrupted after step {self.step:,}, which is saved", flush=True)
+                    raise KeyboardInterrupt
                 if self._due(config.sample_every) or self._due(config.checkpoint_every):
                     self._draw_loss_curve()
                 bar.update()
@@ -161,6 +178,7 @@ class Trainer:
             batch_sampler=sampler,
             num_workers=_num_workers(config),
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_interrupts_to_the_loop,
             generator=torch.Generator(),  # else the loader would draw from the global one, once a start
         )
         checked = False
@@ -343,7 +361,7 @@ class Trainer:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         checkpoint.remove_unfinished(self.folder)
         drop_after(self.folder / "metrics.jsonl", self.step)
-        files.write_json(self.folder / "config.json", config.to_dict() | {"resume": False})
+        files.write_json(self.folder / "config.json", _stored(config))
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.load_state(path)
@@ -372,6 +390,31 @@ class Trainer:
                 "scaling_factor": None if vae is None else vae.scaling_factor,
             },
         }
+
+
+def _leave_interrupts_to_the_loop(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; without its workers the step under way could not end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that is empty until the first Ctrl-C, which waits for the step under way; the second acts at once."""
+    pressed: list[int] = []
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        pressed.append(signal_number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------ what a configuration stands for
@@ -487,13 +530,21 @@ def _open_run(config: TrainConfig) -> Path | None:
         return None
 
 
+def _stored(config: TrainConfig) -> dict[str, Any]:
+    """What config.json holds: valid in another working directory too."""
+    record = config.to_dict() | {"resume": False}
+    if config.data != "digits":
+        record["data"] = str(Path(config.data).absolute())
+    return record
+
+
 def _require_resumable(config: TrainConfig, stored: TrainConfig) -> None:
     """Raises ValueError where model or data changed, and prints what else did."""
+    before, now = _stored(stored), _stored(config)
     changed = {
-        field.name: f"{getattr(stored, field.name)!r} -> {getattr(config, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if field.name not in ("out", "resume")
-        and getattr(stored, field.name) != getattr(config, field.name)
+        name: f"{before[name]!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in ("out", "resume") and before[name] != value
     }
     fixed = [f"{name} {change}" for name, change in changed.items() if name in FIXED]
     if fixed:

@@ -372,7 +372,7 @@ def encoded(image: Any, kind: str = "PNG") -> bytes:
 
 BAD = {
     "empty": (b"", "the file is empty"),
-    "text": (b"<html>not found</html>", "cannot identify image file"),
+    "text": (b"<html>not found</html>", "an unknown or damaged format"),
     "truncated": (encoded(random_image(0, (64, 64)))[:-4000], "truncated"),
     "one pixel": (encoded(random_image(0, (1, 1))), "1x1 pixels, both sides must have at least 8"),
     "thin": (encoded(random_image(0, (5000, 1))), "5000x1 pixels, both sides"),

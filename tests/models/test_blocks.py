@@ -185,7 +185,7 @@ def test_block_runs_the_norm_that_was_put_into_it(norm: str) -> None:
     elif norm == "rms":
         block.norm1 = nn.RMSNorm(D)
     elif norm == "eps":
-        block.norm1.eps = 0.5
+        block.norm1.eps = block.norm2.eps = 0.5
     else:
         block.norm1.register_forward_hook(lambda module, args, out: 2 * out)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.adaLN_modulation(

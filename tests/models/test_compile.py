@@ -65,17 +65,17 @@ def test_further_batches_are_one_more_graph() -> None:
 
 
 def test_dynamic_batch_is_one_graph() -> None:
-    model = make_model(depth=1)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    _assert_eager_numbers(compiled, model, *make_inputs(model, n=2))
+    model = make_model(depth=2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    compiled(*make_inputs(model, n=2))
     with torch.compiler.set_stance("fail_on_recompile"):
         for n in (5, 3):
-            _assert_eager_numbers(compiled, model, *make_inputs(model, n=n))
+            inputs = make_inputs(model, n=n)
+            torch.testing.assert_close(compiled(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("arguments", [{"input_size": (2, 8)}, {"patch_size": 4}], ids=str)
-def test_whole_graph_at_other_sizes(arguments: dict[str, Any]) -> None:
-    model = make_model(depth=2, **arguments)
+def test_whole_graph_at_another_size() -> None:
+    model = make_model(depth=1, input_size=(4, 8), patch_size=4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     _assert_eager_numbers(compiled, model, *make_inputs(model))
 
@@ -88,7 +88,7 @@ def _calls(model: fastdit.DiT) -> dict[str, Callable[..., Any]]:
             x, t, y, scale, cfg_channels="all"
         ),
         "tokens": model.forward_tokens,
-        "hidden": lambda x, t, y: model(x, t, y, return_hidden=[0, 1])[1],
+        "hidden": lambda x, t, y: model(x, t, y, return_hidden=[0])[1],
         "scalar t": lambda x, t, y: model(x, t[0], y.int()),
         "channels last": lambda x, t, y: model(x.to(memory_format=torch.channels_last), t, y),
         "no gradient": torch.no_grad()(lambda x, t, y: model(x, t, y)),
@@ -97,7 +97,7 @@ def _calls(model: fastdit.DiT) -> dict[str, Callable[..., Any]]:
 
 @pytest.mark.parametrize("name", _calls(make_model(depth=1)))
 def test_whole_graph_of_other_calls(name: str) -> None:
-    model = make_model(depth=2)
+    model = make_model(depth=1)
     call = _calls(model)[name]
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     inputs = make_inputs(model, n=4)
@@ -109,7 +109,6 @@ def test_whole_graph_of_other_calls(name: str) -> None:
     ("conditioning", "case"),
     [
         ("adaln_zero", "training"),
-        ("adaln_zero", "bfloat16"),
         ("adaln_zero", "autocast"),
         ("in_context", "autocast"),
     ],
@@ -117,8 +116,6 @@ def test_whole_graph_of_other_calls(name: str) -> None:
 def test_whole_graph_in_other_modes(conditioning: str, case: str) -> None:
     model = make_model(conditioning, depth=1, class_dropout_prob=1.0).train(case == "training")
     x, t, y = make_inputs(model)
-    if case == "bfloat16":
-        model, x = model.bfloat16(), x.bfloat16()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         out, expected = compiled(x, t, y), model(x, t, y)
@@ -145,7 +142,7 @@ def test_blocks_compiled_one_by_one_share_two_graphs(conditioning: str) -> None:
 def test_changed_weights_and_backend_are_noticed() -> None:
     model = make_model(depth=1)
     inputs = make_inputs(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled(*inputs)
     redraw(model, seed=9)
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
@@ -164,7 +161,7 @@ def test_values_are_not_read_while_compiling() -> None:
     with fastdit.validate("full"):
         with pytest.raises(ValueError, match=r"t\[0\]=5000"):
             model(x, t, y)
-        out = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y)
+        out = torch.compile(model, fullgraph=True, backend="eager")(x, t, y)
     torch.testing.assert_close(out, model(x, t, y))
 
 
@@ -193,7 +190,7 @@ def test_inductor() -> None:
 
 @each_conditioning
 def test_export(conditioning: str) -> None:
-    model = make_model(conditioning, depth=2)
+    model = make_model(conditioning, depth=1)
     inputs = make_inputs(model)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, inputs, dynamic_shapes=({0: batch},) * 3)

@@ -343,6 +343,27 @@ def test_weight_of_another_tensor_type(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fused) == 1  # not again: a fused kernel would read the weight as if it were plain
 
 
+@pytest.mark.parametrize(
+    "path", ["x_embedder.proj", "blocks.1.norm2", "blocks.1.mlp.act", "blocks.1.mlp.fc2"]
+)
+def test_subclass_of_a_submodule_is_called(path: str) -> None:
+    """A quantised or otherwise changed layer is often a subclass of the layer."""
+    model = make_model()
+    inputs = make_inputs(model)
+    expected = model(*inputs)
+    module = model.get_submodule(path)
+    calls: list[int] = []
+
+    class Changed(type(module)):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return super().forward(x)
+
+    module.__class__ = Changed
+    torch.testing.assert_close(model(*inputs), expected)
+    assert calls == [1]
+
+
 def test_parametrised_linear_layer() -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:

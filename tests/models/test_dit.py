@@ -519,6 +519,19 @@ def test_forward_tokens_is_forward_before_unpatchify(conditioning: str) -> None:
     assert torch.equal(model.unpatchify(tokens), out)
 
 
+def test_unpatchify_takes_any_square_number_of_tokens() -> None:
+    """As the original's; otherwise the grid is the model's."""
+    model = make_model(input_size=(4, 6))
+    tokens = torch.randn(2, 25, 32)
+    images = model.unpatchify(tokens)
+    assert images.shape == (2, 8, 10, 10)
+    assert torch.equal(images[:, 3, 2, 5], tokens[:, 5 + 2, 8 + 3])
+    with pytest.raises(ValueError, match=r"tokens: .*got \(2, 7, 32\)"):
+        model.unpatchify(torch.randn(2, 7, 32))
+    with pytest.raises(ValueError, match=r"tokens: .*got \(6, 32\)"):
+        model.unpatchify(torch.randn(6, 32))
+
+
 @each_conditioning
 def test_wide_residual_stream_is_more_accurate(conditioning: str) -> None:
     errors = []
@@ -547,10 +560,14 @@ def test_autocast_keeps_the_residual_stream_in_float32(conditioning: str) -> Non
     assert out.dtype == low.dtype == torch.bfloat16
     assert {h.dtype for h in hidden} == {torch.float32}
     assert_model_close("autocast", out, exact, plain)
-    model.residual_dtype = torch.bfloat16
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        _, hidden = model(x, t, y, return_hidden=[0])
-    assert hidden[0].dtype == torch.bfloat16
+    for weights, residual_dtype, expected in (
+        (torch.bfloat16, None, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+    ):
+        model.to(weights).residual_dtype = residual_dtype
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            _, hidden = model(x, t, y, return_hidden=[0])
+        assert hidden[0].dtype == expected
 
 
 @each_conditioning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,51 @@ def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert (record(run, 4), checkpoints(run)) == (before, names)
 
 
+def test_interrupted_run_is_saved_after_the_step_under_way(
+    folder_of_images: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first Ctrl-C, here in the middle of the third step, loses nothing."""
+    config = _exact(tmp_path / "run", folder_of_images)
+    update, steps = Trainer._update, []
+
+    def interrupted_update(self: Trainer, x0: Tensor, y: Tensor) -> None:
+        steps.append(self.step)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        update(self, x0, y)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted_update)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert steps == [0, 1, 2]
+    assert checkpoints(tmp_path / "run")[-1] == "step-00000003"
+    assert signal.getsignal(signal.SIGINT) is handler
+    train(_exact(tmp_path / "run", folder_of_images, resume=True))
+    assert steps == list(range(config.steps))
+    _assert_same_run(tmp_path / "run", uninterrupted, config.steps)
+
+
+def test_second_interrupt_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(self: Trainer, x0: Tensor, y: Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path / "run"))
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_run_that_is_further_than_asked_for(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", steps=4))
+    stored = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"steps=3: the run in .* is at step 4"):
+        train(tiny(tmp_path / "run", steps=3, resume=True))
+    assert (tmp_path / "run" / "config.json").read_text() == stored
+
+
 def test_fine_tuning_is_resumed_without_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +216,7 @@ def test_unfinished_line_and_left_over_folders_are_removed(
         ({"depth": 3, "seed": 1}, "resume: depth 2 -> 3, seed 0 -> 1"),
         ({"conditioning": "adaln"}, "conditioning 'adaln_zero' -> 'adaln'"),
         ({"batch_size": 16}, "batch_size 8 -> 16"),
-        ({"data": "images"}, "data 'digits' -> 'images'"),
+        ({"data": "images"}, "data 'digits' -> '.*/images'"),
         ({"noise_schedule": "squaredcos_cap_v2"}, "noise_schedule 'linear' -> 'squaredcos_cap_v2'"),
     ],
 )
