@@ -98,7 +98,7 @@ def assert_gradient_close(
 
 def assert_ulps(name: str, out: Tensor, expected: Tensor, *, ulps: int = 1) -> None:
     """N4: every value within `ulps` units in the last place of `expected`, in the dtype of `out`."""
-    expected = expected.to(out.dtype)
+    out, expected = out.detach(), expected.detach().to(out.dtype)
     spacing = (
         torch.nextafter(expected.abs(), torch.full_like(expected, math.inf)) - expected.abs()
     ).double()

@@ -41,10 +41,7 @@ def test_honest_results_pass(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "dtype",
     [
-        pytest.param(
-            torch.float32,
-            marks=pytest.mark.xfail(strict=True, reason="relative_rms does not detach"),
-        ),
+        torch.float32,
         torch.bfloat16,
     ],
 )

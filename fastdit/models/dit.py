@@ -88,8 +88,8 @@ class DiT(nn.Module):
             raise ValueError(
                 f"hidden_size={hidden_size}: must be divisible by num_heads={num_heads}"
             )
-        if not mlp_ratio > 0 or int(hidden_size * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio!r}: must be positive")
+        if not 0 < mlp_ratio < math.inf or int(hidden_size * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio!r}: must be positive and finite")
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob={class_dropout_prob!r}: must be in [0, 1]")
         require_choice("conditioning", conditioning, get_args(Conditioning))
@@ -416,6 +416,8 @@ def _guidance_scale(cfg_scale: float | Tensor, n: int, x: Tensor) -> float | Ten
                 f"got shape {tuple(cfg_scale.shape)}"
             )
         require_same_device(x=x, cfg_scale=cfg_scale)
+        if checks_values(x) and not bool(cfg_scale.isfinite().all()):
+            raise ValueError(f"cfg_scale={cfg_scale.tolist()}: must be finite")
         return cfg_scale.reshape(n, 1, 1, 1).to(x.dtype)
     if not isinstance(cfg_scale, numbers.Real) or isinstance(cfg_scale, bool):
         raise TypeError(f"cfg_scale={cfg_scale!r}: expected a number or a tensor")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import require_same_device
@@ -59,6 +60,7 @@ class GatedResidual(torch.autograd.Function):
         return torch.ops.fastdit.gated_residual(x, branch, gate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         branch, gate = ctx.saved_tensors
         dbranch, dgate = torch.ops.fastdit.gated_residual_backward(dx, branch, gate)

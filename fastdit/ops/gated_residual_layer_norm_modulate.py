@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from .gated_residual import require_branch
@@ -121,6 +122,7 @@ class GatedResidualLayerNormModulate(torch.autograd.Function):
         return x_new, h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx_new: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         x_new, branch, gate, shift, scale, mean, rstd = ctx.saved_tensors
         dx, dbranch, dgate, dshift, dscale = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from .operation import (
@@ -84,6 +85,7 @@ class LayerNormModulate(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, scale, mean, rstd = ctx.saved_tensors
         dx, dshift, dscale = torch.ops.fastdit.layer_norm_modulate_backward(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import autocast_enabled, require_floating, require_same_device
@@ -58,6 +59,7 @@ class MlpGelu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.fastdit.mlp_gelu_backward(dout, *ctx.saved_tensors)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import require_floating
@@ -56,6 +57,7 @@ class Patchify(torch.autograd.Function):
         return torch.ops.fastdit.patchify(x, patch_size)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dtokens: Tensor) -> tuple[Tensor, None]:
         return torch.ops.fastdit.patchify_backward(dtokens, *ctx.sizes), None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import require_floating
@@ -61,6 +62,7 @@ class Unpatchify(torch.autograd.Function):
         return torch.ops.fastdit.unpatchify(tokens, patch_size, out_channels, h, w)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dimages: Tensor) -> tuple[Tensor, None, None, None, None]:
         dtokens = torch.ops.fastdit.unpatchify_backward(dimages, ctx.patch_size)
         return dtokens, None, None, None, None

@@ -44,17 +44,21 @@ dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that
 
 
 @each_conditioning
-def test_hook_on_a_block_sees_the_originals_call(conditioning: str) -> None:
+@pytest.mark.parametrize("path", ["blocks.1", "final_layer"])
+def test_hook_on_a_block_sees_the_originals_call(conditioning: str, path: str) -> None:
     model, plain = make_model(conditioning).double(), make_model(conditioning).double()
     x, _, y = make_inputs(model, dtype=torch.float64)
     t = torch.zeros(3)  # whose embedding is exact in float32
     reference_calls: list[Any] = []
     other = twin(model, torch.float64)
-    other.blocks[1].register_forward_hook(lambda m, a, o: reference_calls.append((a[0], o)))
+    other.get_submodule(path).register_forward_hook(
+        lambda m, a, o: reference_calls.append((a[0], o))
+    )
     other(x, t, y)
     calls: list[Any] = []
-    model.blocks[1].register_forward_pre_hook(lambda m, args: calls.append(args))
-    model.blocks[1].register_forward_hook(lambda m, args, out: calls.append((args[0], out)))
+    hooked = model.get_submodule(path)
+    hooked.register_forward_pre_hook(lambda m, args: calls.append(args))
+    hooked.register_forward_hook(lambda m, args, out: calls.append((args[0], out)))
     assert_same_call(model, plain, x, t, y)
     arguments, found = calls
     assert len(arguments) == 2
@@ -134,7 +138,13 @@ def test_patched_forward_is_called() -> None:
     model = make_model()
     inputs = make_inputs(model)
     expected = model(*inputs)
-    for path in ("x_embedder.proj", "blocks.1", "blocks.1.norm1", "blocks.1.mlp.fc1"):
+    for path in (
+        "x_embedder.proj",
+        "blocks.1",
+        "blocks.1.norm1",
+        "blocks.1.mlp.fc1",
+        "final_layer",
+    ):
         module = model.get_submodule(path)
         original, calls = module.forward, []
 
@@ -144,7 +154,7 @@ def test_patched_forward_is_called() -> None:
 
         module.forward = patched
         torch.testing.assert_close(model(*inputs), expected)
-        assert calls == [2 if path == "blocks.1" else 1]
+        assert calls == [2 if path in ("blocks.1", "final_layer") else 1]
         del module.forward
 
 
@@ -391,6 +401,22 @@ def test_foreign_block_is_called_with_x_and_c() -> None:
     plain.blocks[1] = Foreign()
     with torch.no_grad():
         assert_model_close("foreign", model(x, t, y), exact(x.double(), t, y), plain(x, t, y))
+
+
+def test_foreign_final_layer_is_called_with_x_and_c() -> None:
+    class Foreign(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return 2 * self.inner(x, c)
+
+    model = make_model()
+    inputs = make_inputs(model)
+    expected = 2 * model(*inputs)
+    model.final_layer = Foreign(model.final_layer)
+    torch.testing.assert_close(model(*inputs), expected)
 
 
 def test_functional_call() -> None:

@@ -130,7 +130,6 @@ def test_filled_slot_runs_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert calls == [name, f"{name}_backward"]
 
 
-@pytest.mark.xfail(strict=True, reason="wrong numbers and a warning where it should raise")
 @pytest.mark.filterwarnings("ignore:fastdit.*an autograd kernel was not registered")
 @pytest.mark.parametrize("name", ["layer_norm_modulate", "gated_residual", "mlp_gelu"])
 def test_second_derivative_is_right_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
