@@ -243,7 +243,7 @@ class DiT(nn.Module):
             )
         scale = _guidance_scale(cfg_scale, x.shape[0] // 2, x)
         half = x[: x.shape[0] // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
+        out = self(torch.cat([half, half]), t, y)  # a call, so that a compiled model and hooks are used
         guided = self.in_channels if cfg_channels == "all" else min(3, self.in_channels)
         eps, rest = out[:, :guided], out[:, guided:]
         cond, uncond = eps.chunk(2)
@@ -254,9 +254,8 @@ class DiT(nn.Module):
         """Tokens to images: (N, T, P*P*out_channels) -> (N, out_channels, H, W)."""
         grid = self.x_embedder.grid_size
         if x.dim() == 3 and x.shape[1] != grid[0] * grid[1]:
-            grid = (
-                math.isqrt(x.shape[1]),
-            ) * 2  # as the original, which takes any square number of tokens
+            side = math.isqrt(x.shape[1])
+            grid = (side, side)  # as the original, which takes any square number of tokens
         return ops.unpatchify(x, self.patch_size, self.out_channels, grid)
 
     def _forward_tokens(
