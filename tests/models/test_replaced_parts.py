@@ -157,3 +157,13 @@ def test_numbers_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         model.forward_with_cfg(*inputs, np.float32(4)), same.forward_with_cfg(*inputs, 4.0)
     )
     assert (get_2d_sincos_pos_embed(48, np.int64(4)) == get_2d_sincos_pos_embed(48, 4)).all()
+
+
+def test_guidance_calls_the_model() -> None:
+    """Not its `forward`: hooks, `model.compile()` and `fully_shard` on the whole model work for guidance too."""
+    model = make_model()
+    x, t, y = make_inputs(model, n=4)
+    seen: list[torch.Size] = []
+    model.register_forward_hook(lambda module, arguments, out: seen.append(out.shape))
+    model.forward_with_cfg(x, t, y, 2.0)
+    assert seen == [torch.Size((4, 8, 8, 8))]
