@@ -243,7 +243,8 @@ class DiT(nn.Module):
             )
         scale = _guidance_scale(cfg_scale, x.shape[0] // 2, x)
         half = x[: x.shape[0] // 2]
-        out = self(torch.cat([half, half]), t, y)  # a call, so that a compiled model and hooks are used
+        # Not self.forward: a compiled model, fully_shard and hooks act on calls.
+        out = self(torch.cat([half, half]), t, y)
         guided = self.in_channels if cfg_channels == "all" else min(3, self.in_channels)
         eps, rest = out[:, :guided], out[:, guided:]
         cond, uncond = eps.chunk(2)
