@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 def user_hooks(module: nn.Module) -> list[Any]:
     """The hooks that see calls of `module`: its own and those on all modules, as profilers register them.
 
-    Without those of torch.distributed, which do not look at what passes through.
+    Without those of FSDP2, which do not change what passes through.
     """
     registered = (
         nn_module._global_forward_hooks,
@@ -31,7 +31,7 @@ def user_hooks(module: nn.Module) -> list[Any]:
         hook
         for hooks in registered
         for hook in hooks.values()
-        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
+        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
     ]
 
 
