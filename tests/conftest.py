@@ -9,17 +9,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import interpreter
+
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.correct()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

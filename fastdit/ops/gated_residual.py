@@ -86,6 +86,6 @@ def gated_residual(x: Tensor, branch: Tensor, *, gate: Tensor | None = None) -> 
     require_tokens("x", x)
     require_branch(x, branch)
     require_modulation(x, gate=gate)
-    if FORWARD.choose(x.device) == "reference":
+    if FORWARD.choose(x, branch, gate) == "reference":
         return reference.gated_residual(x, branch, gate=gate)
     return GatedResidual.apply(x, branch, gate)

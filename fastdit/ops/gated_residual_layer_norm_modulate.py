@@ -64,7 +64,7 @@ def _backward(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     through_norm, dshift, dscale = reference.layer_norm_modulate_backward(
-        dh, x_new, scale, shift, mean, rstd
+        dh, x_new, shift, scale, mean, rstd
     )
     dx = dx_new + through_norm
     dbranch, dgate = reference.gated_residual_backward(dx, branch, gate)
@@ -161,7 +161,7 @@ def gated_residual_layer_norm_modulate(
     require_branch(x, branch)
     require_both_or_neither(shift, scale)
     require_modulation(x, gate=gate, shift=shift, scale=scale)
-    if FORWARD.choose(x.device) == "reference":
+    if FORWARD.choose(x, branch, gate, shift, scale) == "reference":
         return reference.gated_residual_layer_norm_modulate(
             x, branch, gate=gate, shift=shift, scale=scale, eps=eps
         )

@@ -18,9 +18,12 @@ from ..reference import operations as reference
 from .operation import (
     Operation,
     absent,
+    needs_gradient,
     require_both_or_neither,
     require_modulation,
     require_tokens,
+    row_limits,
+    without_none,
 )
 
 
@@ -35,11 +38,8 @@ def _fake(
 def _backward(
     dh: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dshift, dscale = reference.layer_norm_modulate_backward(dh, x, scale, shift, mean, rstd)
-    return (
-        dx,
-        absent(dx) if dshift is None else dshift,
-        absent(dx) if dscale is None else dscale,
+    return without_none(
+        reference.layer_norm_modulate_backward(dh, x, shift, scale, mean, rstd)
     )
 
 
@@ -65,6 +65,12 @@ BACKWARD = Operation(
     " -> (Tensor, Tensor, Tensor)",
     reference=_backward,
     fake=_backward_fake,
+)
+
+
+FORWARD.add_kernel("layer_norm_modulate", "forward", limits=row_limits)
+BACKWARD.add_kernel(
+    "layer_norm_modulate", "backward", limits=row_limits, adapt=without_none
 )
 
 
@@ -115,8 +121,10 @@ def layer_norm_modulate(
     require_both_or_neither(shift, scale)
     require_modulation(x, shift=shift, scale=scale)
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    if FORWARD.choose(x.device) == "reference":
+    if FORWARD.choose(x, shift, scale) == "reference":
         return reference.layer_norm_modulate(
             x, shift=shift, scale=scale, eps=eps, out_dtype=out_dtype
         )
+    if not needs_gradient(x, shift, scale):
+        return torch.ops.fastdit.layer_norm_modulate(x, shift, scale, eps, out_dtype)[0]
     return LayerNormModulate.apply(x, shift, scale, eps, out_dtype)

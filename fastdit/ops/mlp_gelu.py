@@ -86,7 +86,7 @@ def mlp_gelu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tenso
     if not autocast and len({tensor.dtype for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{argument} is {tensor.dtype}" for argument, tensor in tensors.items())
         raise TypeError(f"{found}: all must have one dtype outside autocast")
-    if FORWARD.choose(x.device) == "reference":
+    if FORWARD.choose(x) == "reference":
         return reference.mlp_gelu(x, w1, b1, w2, b2)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -6,6 +6,8 @@ it; any other backend is called through the registered operator, which is opaque
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,13 @@ library = torch.library.Library("fastdit", "DEF")
 # The order in which `auto` tries the slots.
 _PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
+# What the kernels compute in; float64 is for the reference.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# What `auto` has said already: (operation, reason).
+_said: set[tuple[str, str]] = set()
+
+Limits = Callable[..., list[str]]
 
 OPERATIONS: list[Operation] = []  # all of them, as they were registered
 
@@ -32,37 +41,105 @@ class Operation:
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.implementations: dict[str, Callable[..., Any]] = {"reference": _contiguous(reference)}
+        self.limits: dict[str, Limits] = {}
         OPERATIONS.append(self)
         library.define(schema)
         library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastdit::{self.name}", fake, lib=library)
 
-    def choose(self, device: torch.device) -> str:
-        """The backend that runs on `device`.
+    def add_kernel(
+        self,
+        module: str,
+        function: str,
+        *,
+        limits: Limits,
+        adapt: Callable[[Any], Any] = lambda results: results,
+    ) -> None:
+        """Fills the Triton slot with `fastdit.kernels.<module>.<function>`, which is imported when it is first called.
+
+        The kernel takes the operator's arguments; `adapt` makes the operator's results of its results. `limits` says
+        why the kernel cannot take these arguments; empty if it can.
+        """
+        kernel: Callable[..., Any] | None = None
+
+        def run(*arguments: Any) -> Any:
+            nonlocal kernel
+            if kernel is None:
+                kernel = getattr(importlib.import_module(f"fastdit.kernels.{module}"), function)
+            return adapt(kernel(*arguments))
+
+        self.implementations["triton"] = run
+        self.limits["triton"] = limits
+
+    def choose(self, *arguments: Any) -> str:
+        """The backend that runs for these arguments, the first of which is a tensor.
 
         Raises RuntimeError with every reason if the backend that was asked for cannot run this operation there.
         """
         wanted = active_backend()
         if wanted == "reference":
             return wanted
-        if wanted == "auto":
-            for backend in _PREFERENCE.get(device.type, ()):
-                if backend in self.implementations and not reasons_not_usable(backend, device.type):
+        device_type = arguments[0].device.type
+        if wanted != "auto":
+            reasons = self._reasons(wanted, device_type, arguments)
+            if reasons:
+                raise RuntimeError(
+                    f"backend {wanted!r} cannot run {self.name}: {'; '.join(reasons)}"
+                )
+            return wanted
+        for backend in _PREFERENCE.get(device_type, ()):
+            if backend in self.implementations:
+                reasons = self._reasons(backend, device_type, arguments)
+                if not reasons:
                     return backend
-            return "reference"
-        reasons = reasons_not_usable(wanted, device.type)
-        if wanted not in self.implementations:
-            reasons = [f"it has no {wanted} implementation", *reasons]
-        if reasons:
-            raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {'; '.join(reasons)}")
-        return wanted
+                if backend == "triton":
+                    _say_once(self.name, "; ".join(reasons))
+        return "reference"
 
     def backends(self) -> list[str]:
         """The filled slots."""
         return [backend for backend in BACKENDS if backend in self.implementations]
 
-    def _run(self, first: Tensor, *others: Any) -> Any:
-        return self.implementations[self.choose(first.device)](first, *others)
+    def _reasons(self, backend: str, device_type: str, arguments: tuple[Any, ...]) -> list[str]:
+        reasons = reasons_not_usable(backend, device_type)
+        if backend not in self.implementations:
+            reasons = [f"it has no {backend} implementation", *reasons]
+        if backend in self.limits:
+            reasons = [*reasons, *self.limits[backend](*arguments)]
+        return reasons
+
+    def _run(self, *arguments: Any) -> Any:
+        return self.implementations[self.choose(*arguments)](*arguments)
+
+
+def _say_once(name: str, reason: str) -> None:
+    """Warns, once, that `auto` leaves the kernel for plain torch on a GPU."""
+    if not torch.compiler.is_compiling() and (name, reason) not in _said:
+        _said.add((name, reason))
+        warnings.warn(f"fastdit: {name} runs in plain torch: {reason}", stacklevel=4)
+
+
+def row_limits(x: Tensor, *others: Any) -> list[str]:
+    """What the kernels over rows of x (…, D) cannot take: other dtypes than 16 and 32 bits, D above 8192."""
+    reasons = dtype_limits(x, *others)
+    if not 1 <= x.shape[-1] <= 8192:
+        reasons.append(f"D={x.shape[-1]}: the kernels take 1 .. 8192")
+    return reasons
+
+
+def dtype_limits(*arguments: Any) -> list[str]:
+    """The dtypes among the tensors of `arguments` that no kernel takes."""
+    dtypes = {a.dtype for a in arguments if isinstance(a, Tensor)}
+    return [
+        f"{dtype} is not one of float32, bfloat16, float16"
+        for dtype in dtypes
+        if dtype not in _KERNEL_DTYPES
+    ]
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records anything for these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,3 +185,9 @@ def require_both_or_neither(shift: Tensor | None, scale: Tensor | None) -> None:
 def absent(like: Tensor) -> Tensor:
     """What an operator returns where there is no gradient: it cannot return None."""
     return like.new_empty(0)
+
+
+def without_none(results: tuple[Tensor | None, ...]) -> Any:
+    """The results of an operator, the first of which is there: an `absent` one for each that is None."""
+    first = results[0]
+    return tuple(absent(first) if each is None else each for each in results)  # type: ignore[arg-type]

@@ -74,6 +74,6 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
             f"x: expected shape (N, C, height, width) with height and width divisible by patch_size={patch_size}, "
             f"got {tuple(x.shape)}"
         )
-    if FORWARD.choose(x.device) == "reference":
+    if FORWARD.choose(x) == "reference":
         return reference.patchify(x, patch_size)
     return Patchify.apply(x, patch_size)

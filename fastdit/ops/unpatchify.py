@@ -81,6 +81,6 @@ def unpatchify(tokens: Tensor, patch_size: int, out_channels: int, grid: tuple[i
             f"tokens: expected shape (N, {h * w}, {patch_size**2 * out_channels}) for grid={grid}, "
             f"patch_size={patch_size}, out_channels={out_channels}, got {tuple(tokens.shape)}"
         )
-    if FORWARD.choose(tokens.device) == "reference":
+    if FORWARD.choose(tokens) == "reference":
         return reference.unpatchify(tokens, patch_size, out_channels, grid)
     return Unpatchify.apply(tokens, patch_size, out_channels, h, w)

@@ -122,7 +122,7 @@ def sum_to(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def layer_norm_modulate_backward(
-    dh: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor
+    dh: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of `layer_norm_modulate` by x, shift and scale.
 

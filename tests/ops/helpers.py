@@ -23,6 +23,51 @@ SIZES = [(2, 16, 64), (3, 5, 72), (3, 7, 33), (1, 1, 8), (2, 1, 1), (0, 4, 8)]
 each_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
+_F = Callable[..., None]
+
+
+def _ways(*names: str) -> Callable[[_F], _F]:
+    marks = {
+        "interpreter": pytest.mark.skipif(
+            torch.cuda.is_available(), reason="the kernels run on the GPU"
+        ),
+        "cuda": pytest.mark.gpu,
+    }
+    ways = [pytest.param(name, marks=marks.get(name, ())) for name in names]
+
+    def mark(test: _F) -> _F:
+        return pytest.mark.usefixtures("way")(
+            pytest.mark.parametrize("way", ways, indirect=True)(test)
+        )
+
+    return mark
+
+
+# A test of an operation runs in plain torch; through the registered operator and its own backward; through the Triton
+# kernels in the interpreter; and, with a GPU, through the kernels on it, everything then being made there.
+both_ways = _ways("plain", "operator")
+every_way = _ways("plain", "operator", "interpreter", "cuda")
+kernels_only = _ways("interpreter", "cuda")
+
+# For the kernels: batches of 1, 2, 3 and 5, odd numbers of tokens, more tokens than a slice has rows, and a D on both
+# sides of every power of two that a tile can have.
+KERNEL_SIZES = [
+    (1, 1, 1),
+    (2, 3, 3),
+    (5, 3, 17),
+    (3, 1, 63),
+    (2, 17, 72),
+    (1, 3, 127),
+    (2, 2, 129),
+    (3, 2, 384),
+    (1, 2, 1023),
+    (2, 2, 1152),
+    (1, 2, 1500),
+    (2, 37, 8),
+]
+each_kernel_size = pytest.mark.parametrize("size", KERNEL_SIZES, ids=str)
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
 
@@ -140,6 +185,22 @@ def opcheck_inputs(
         return layouts(value)["transposed"] if case == "transposed" else value
 
     return make, size, torch.bfloat16 if case == "mixed" else torch.float32
+
+
+def watch_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str]:
+    """The names of the operations of `module` whose kernels run, as they run."""
+    calls: list[str] = []
+    for operation in (module.FORWARD, module.BACKWARD):
+        kernel = operation.implementations["triton"]
+
+        def watched(
+            *arguments: Any, operation: Operation = operation, kernel: Function = kernel
+        ) -> Any:
+            calls.append(operation.name)
+            return kernel(*arguments)
+
+        monkeypatch.setitem(operation.implementations, "triton", watched)
+    return calls
 
 
 def fill_native(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str]:

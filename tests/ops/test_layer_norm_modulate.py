@@ -14,10 +14,14 @@ from .helpers import (
     assert_gradcheck,
     assert_layouts_do_not_matter,
     assert_operation_close,
+    both_ways,
     draw,
     each_dtype,
+    each_kernel_size,
     each_opcheck,
     each_size,
+    every_way,
+    kernels_only,
     opcheck_inputs,
 )
 
@@ -26,8 +30,8 @@ OPERATOR = torch.ops.fastdit.layer_norm_modulate.default
 BACKWARD = torch.ops.fastdit.layer_norm_modulate_backward.default
 
 
-both_ways = pytest.mark.usefixtures("way")
-each_vectors = pytest.mark.parametrize("vectors", ["(N, D)", "(D,)", "chunks", "none"])
+VECTORS = ["(N, D)", "(D,)", "chunks", "none"]
+each_vectors = pytest.mark.parametrize("vectors", VECTORS)
 
 
 def make(size: tuple[int, int, int], vectors: str, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -61,13 +65,24 @@ def test_matches_the_reference(
     )
 
 
+@kernels_only
+@each_dtype
+@each_kernel_size
+def test_kernel_sizes(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    vectors = VECTORS[sum(size) % len(VECTORS)]
+    inputs = make(size, vectors, dtype)
+    assert_operation_close(
+        ops.layer_norm_modulate, reference.layer_norm_modulate, inputs, summed=summed(size, vectors)
+    )
+
+
 @both_ways
 @each_vectors
 def test_gradcheck(vectors: str) -> None:
     assert_gradcheck(ops.layer_norm_modulate, make((2, 3, 5), vectors))
 
 
-@both_ways
+@every_way
 @each_vectors
 def test_layouts(vectors: str) -> None:
     assert_layouts_do_not_matter(
@@ -75,7 +90,7 @@ def test_layouts(vectors: str) -> None:
     )
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize(
     ("x_dtype", "vector_dtype"),
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
@@ -113,7 +128,7 @@ def test_eps_and_out_dtype(eps: float) -> None:
     torch.testing.assert_close(rstd, (x.var(-1, correction=0) + eps).rsqrt())
 
 
-@both_ways
+@every_way
 def test_large_mean_does_not_cancel() -> None:
     """A variance as E[x^2] - E[x]^2 would lose everything here."""
     x = draw(2, 4, 256) + 1e4
@@ -126,14 +141,14 @@ def test_large_mean_does_not_cancel() -> None:
     )
 
 
-@both_ways
+@every_way
 def test_largest_numbers_of_float16() -> None:
     inputs = make((2, 4, 64), "(N, D)", torch.float16)
     inputs = {**inputs, "x": inputs["x"].clamp(-1, 1) * (0.9 * 65504 / 64**0.5)}
     assert ops.layer_norm_modulate(**inputs).isfinite().all()
 
 
-@both_ways
+@every_way
 def test_rows_are_independent() -> None:
     inputs = make((4, 3, 8), "(N, D)")
     assert_row_local("x", lambda x: ops.layer_norm_modulate(**{**inputs, "x": x}), inputs["x"], 1)
@@ -145,7 +160,7 @@ def test_rows_are_independent() -> None:
     assert torch.equal(whole[2:3], alone)
 
 
-@both_ways
+@every_way
 def test_memory() -> None:
     inputs = make((2, 3, 8), "(N, D)")
     expected = ops.layer_norm_modulate(**inputs)

@@ -158,7 +158,7 @@ def test_layer_norm_modulate_backward(vectors: str) -> None:
     torch.testing.assert_close(out, h)
     torch.testing.assert_close(mean, x.mean(-1))
     torch.testing.assert_close(rstd, 1 / (x.var(-1, correction=0) + 1e-6).sqrt())
-    found = operations.layer_norm_modulate_backward(dh, x, scale, shift, mean, rstd)
+    found = operations.layer_norm_modulate_backward(dh, x, shift, scale, mean, rstd)
     for gradient, wanted in zip(found, expected, strict=True):
         assert (gradient is None) == (wanted is None)
         if wanted is not None:

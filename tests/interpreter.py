@@ -1,0 +1,38 @@
+"""Triton's interpreter, corrected where it is wrong, and made to see what a GPU would not say.
+
+Differences to a GPU that remain: programs run one after the other, so races never show; there are no limits to shared
+memory and registers; reads out of bounds give whatever is there; `tl.max` drops NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def correct() -> None:
+    """Makes casts from and to bfloat16 exact, and integer overflow an error."""
+    builder = interpreter.interpreter_builder
+    if getattr(builder.options, "debug", False):
+        return
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
+    original = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        # The interpreter keeps bfloat16 as its bits in uint16; its own cast cuts them off instead of rounding.
+        before, after = source.dtype.scalar, target.scalar
+        if after == tl.bfloat16 and before != tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), after)
+        if before == tl.bfloat16 and after != tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(source.data).view(np.int16))
+            wide = bits.view(torch.bfloat16).float().numpy()
+            return interpreter.TensorHandle(wide.astype(interpreter._get_np_dtype(after)), after)
+        return original(self, source, target)
+
+    interpreter.InterpreterBuilder.cast_impl = cast
