@@ -147,6 +147,8 @@ def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         results = reference(*arguments)
+        if results is None:  # it works in place
+            return None
         if isinstance(results, Tensor):
             return results.contiguous()
         return tuple(result.contiguous() for result in results)

@@ -187,10 +187,15 @@ def opcheck_inputs(
     return make, size, torch.bfloat16 if case == "mixed" else torch.float32
 
 
+def _operations(module: ModuleType) -> list[Operation]:
+    """FORWARD, and BACKWARD of those that have one."""
+    return [getattr(module, name) for name in ("FORWARD", "BACKWARD") if hasattr(module, name)]
+
+
 def watch_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str]:
     """The names of the operations of `module` whose kernels run, as they run."""
     calls: list[str] = []
-    for operation in (module.FORWARD, module.BACKWARD):
+    for operation in _operations(module):
         kernel = operation.implementations["triton"]
 
         def watched(
@@ -209,7 +214,7 @@ def fill_native(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str
     The public function then goes through the registered operator and its backward; returns the names of what ran.
     """
     calls: list[str] = []
-    for operation in (module.FORWARD, module.BACKWARD):
+    for operation in _operations(module):
 
         def native(*arguments: Any, operation: Operation = operation) -> Any:
             calls.append(operation.name)
