@@ -78,17 +78,18 @@ def assert_close(name: str, out: Tensor, exact: Tensor, plain: Tensor) -> None:
 
 
 def assert_gradient_close(
-    name: str, out: Tensor, exact: Tensor, plain: Tensor, *, summed: int = 1
+    name: str, out: Tensor, exact: Tensor, plain: Tensor, *, summed: int = 0
 ) -> None:
     """N3: N1, where a gradient summed over `summed` terms may also be off by what the length of the sum explains.
 
-    That is `5e-6 * sqrt(summed)` of the largest value in float32, and `2 * eps` of it in 16 bits.
+    That is `5e-6 * sqrt(summed)` of the largest value in float32, and `2 * eps` of it in 16 bits. 0 is for a gradient
+    that is no sum.
     """
     error, plain_error, exact = _errors(name, out, exact, plain)
     if not error.numel():
         return
     limit = 2 * float(plain_error.abs().max()) + rounding_noise(exact, out.dtype)
-    if summed > 1:
+    if summed:
         largest = float(exact.abs().max())
         wide = out.dtype in (torch.float32, torch.float64)
         eps = 5e-6 * math.sqrt(summed) if wide else 2 * torch.finfo(out.dtype).eps

@@ -55,13 +55,15 @@ def gated_residual_layer_norm_modulate(
     gate: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The seam between two branches: `x_new = x + gate * branch`, `h = LN(x_new) * (1 + scale) + shift`.
+    """The seam between two branches: `x_new = x + gate * (branch + bias)`, `h = LN(x_new) * (1 + scale) + shift`.
 
     `x_new` has the dtype of `x` (the residual stream), `h` that of `branch` (what the matrix products compute in).
+    `bias` (D,) is that of the linear layer which made `branch`, where the layer has not added it itself.
     """
-    x_new = gated_residual(x, branch, gate=gate)
+    x_new = gated_residual(x, branch if bias is None else branch + bias, gate=gate)
     return x_new, layer_norm_modulate(
         x_new, shift=shift, scale=scale, eps=eps, out_dtype=branch.dtype
     )

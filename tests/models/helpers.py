@@ -103,7 +103,7 @@ def assert_matches_reference(model: fastdit.DiT, x: Tensor, t: Tensor, y: Tensor
             gradient,
             exact_gradients[name],
             plain_gradients[name],
-            summed=1 if name == "x" else tokens,
+            summed=0 if name == "x" else tokens,
         )
 
 

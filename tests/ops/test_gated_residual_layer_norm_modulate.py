@@ -15,10 +15,14 @@ from .helpers import (
     assert_gradcheck,
     assert_layouts_do_not_matter,
     assert_operation_close,
+    both_ways,
     draw,
     each_dtype,
+    each_kernel_size,
     each_opcheck,
     each_size,
+    every_way,
+    kernels_only,
     opcheck_inputs,
 )
 
@@ -27,10 +31,9 @@ OPERATOR = torch.ops.fastdit.gated_residual_layer_norm_modulate.default
 BACKWARD = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward.default
 
 seam = ops.gated_residual_layer_norm_modulate
-both_ways = pytest.mark.usefixtures("way")
-each_vectors = pytest.mark.parametrize(
-    "vectors", ["(N, D)", "(D,)", "chunks", "no gate", "only gate", "none"]
-)
+VECTORS = ["(N, D)", "(D,)", "chunks", "no gate", "only gate", "none"]
+WITH_BIAS = ("(D,)", "chunks", "no gate")  # of the layer that made the branch
+each_vectors = pytest.mark.parametrize("vectors", VECTORS)
 
 
 def make(size: tuple[int, int, int], vectors: str, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -45,12 +48,14 @@ def make(size: tuple[int, int, int], vectors: str, dtype: torch.dtype = torch.fl
         "gate": None if vectors in ("no gate", "none") else gate,
         "shift": None if vectors in ("only gate", "none") else shift,
         "scale": None if vectors in ("only gate", "none") else scale,
+        "bias": draw(d, dtype=dtype) if vectors in WITH_BIAS else None,
     }
 
 
 def summed(size: tuple[int, int, int], vectors: str) -> dict[str, int]:
     n, t, _ = size
-    return dict.fromkeys(("gate", "shift", "scale"), n * t if vectors == "(D,)" else t)
+    terms = n * t if vectors == "(D,)" else t
+    return {**dict.fromkeys(("gate", "shift", "scale"), terms), "bias": n * t}
 
 
 @both_ways
@@ -66,12 +71,25 @@ def test_matches_the_reference(
     )
 
 
+@kernels_only
+@each_dtype
+@each_kernel_size
+def test_kernel_sizes(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    vectors = VECTORS[sum(size) % len(VECTORS)]
+    inputs = make(size, vectors, dtype)
+    assert_operation_close(
+        seam, reference.gated_residual_layer_norm_modulate, inputs, summed=summed(size, vectors)
+    )
+
+
 @both_ways
 @each_vectors
 def test_is_the_two_operations_in_one(vectors: str) -> None:
     inputs = make((3, 5, 72), vectors)
     x_new, h = seam(**inputs)
-    expected = ops.gated_residual(inputs["x"], inputs["branch"], gate=inputs["gate"])
+    branch, bias = inputs["branch"], inputs["bias"]
+    branch = branch if bias is None else branch + bias
+    expected = ops.gated_residual(inputs["x"], branch, gate=inputs["gate"])
     assert torch.equal(x_new, expected)
     shift, scale = inputs["shift"], inputs["scale"]
     assert torch.equal(h, ops.layer_norm_modulate(x_new, shift=shift, scale=scale))
@@ -83,10 +101,11 @@ def test_gradcheck(vectors: str) -> None:
     assert_gradcheck(seam, make((2, 3, 5), vectors))
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradient_where_one_output_is_not_used(used: int) -> None:
     inputs = make((2, 4, 8), "(N, D)")
+    inputs = {**inputs, "bias": draw(8)}
     given = {name: value.requires_grad_() for name, value in inputs.items()}
     seam(**given)[used].square().sum().backward()
     found = {name: value.grad for name, value in given.items()}
@@ -108,7 +127,17 @@ def test_layouts(vectors: str) -> None:
     assert_layouts_do_not_matter(seam, make(size, vectors), summed=summed(size, vectors))
 
 
-@both_ways
+@kernels_only
+@pytest.mark.parametrize(
+    "vectors",
+    ["chunks", *(pytest.param(v, marks=pytest.mark.slow) for v in VECTORS if v != "chunks")],
+)
+def test_layouts_of_the_kernel(vectors: str) -> None:
+    size = (2, 2, 6)
+    assert_layouts_do_not_matter(seam, make(size, vectors), summed=summed(size, vectors))
+
+
+@every_way
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 def test_mixed_dtypes(stream: torch.dtype) -> None:
     """x_new has the dtype of the stream, h that of the branch."""
@@ -127,7 +156,8 @@ def test_mixed_dtypes(stream: torch.dtype) -> None:
 @both_ways
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_eps(eps: float) -> None:
-    inputs = {name: value * 1e-3 for name, value in make((2, 3, 16), "(N, D)").items()}
+    drawn = {**make((2, 3, 16), "(N, D)"), "bias": draw(16)}
+    inputs = {name: value * 1e-3 for name, value in drawn.items()}
     wide = {name: value.double() for name, value in inputs.items()}
     exact = reference.gated_residual_layer_norm_modulate(**wide, eps=eps)
     plain = reference.gated_residual_layer_norm_modulate(**inputs, eps=eps)
@@ -135,7 +165,7 @@ def test_eps(eps: float) -> None:
         assert_close(f"output {i}", out, exact[i], plain[i])
 
 
-@both_ways
+@every_way
 def test_large_mean_does_not_cancel() -> None:
     inputs = make((2, 4, 256), "(N, D)")
     inputs = {**inputs, "x": inputs["x"] + 1e4}
@@ -147,7 +177,7 @@ def test_large_mean_does_not_cancel() -> None:
     )
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("output", [0, 1])
 def test_rows_are_independent(output: int) -> None:
     inputs = make((4, 3, 8), "(N, D)")
@@ -157,13 +187,13 @@ def test_rows_are_independent(output: int) -> None:
             return seam(**{**inputs, name: value})[output]
 
         assert_row_local(name, changed, inputs[name], 1)
-    alone = seam(**{name: value[2:3] for name, value in inputs.items()})
+    alone = seam(**{name: v if v is None else v[2:3] for name, v in inputs.items()})
     assert torch.equal(seam(**inputs)[output][2:3], alone[output])
 
 
-@both_ways
+@every_way
 def test_memory() -> None:
-    inputs = make((2, 3, 8), "(N, D)")
+    inputs = {**make((2, 3, 8), "(N, D)"), "bias": draw(8)}
     expected = seam(**inputs)
     guarded = {name: Guarded(value) for name, value in inputs.items()}
     leaves = {name: guard.tensor.requires_grad_() for name, guard in guarded.items()}
@@ -180,9 +210,11 @@ def test_memory() -> None:
 def _vectors(case: str) -> list[tuple[Tensor | None, ...]]:
     make, (n, _, d), narrow = opcheck_inputs(case)
     gate, shift, scale = (make(n, d, dtype=narrow) for _ in range(3))
-    vectors = [(gate, shift, scale), (None, None, None)]
+    bias = make(d, dtype=narrow)
+    vectors = [(gate, shift, scale, bias), (None, None, None, None)]
     if case == "plain":
-        vectors += [(make(d), make(d), make(d)), (None, shift, scale), (gate, None, None)]
+        vectors += [(make(d), make(d), make(d), None), (None, shift, scale, bias)]
+        vectors += [(gate, None, None, bias)]
     return vectors
 
 
@@ -200,18 +232,36 @@ def test_opcheck_backward(case: str) -> None:
     dx_new, dh, x_new = make(n, t, d), make(n, t, d, dtype=narrow), make(n, t, d)
     branch, mean, rstd = make(n, t, d, dtype=narrow), make(n, t), make(n, t).abs()
     for vectors in _vectors(case):
-        torch.library.opcheck(BACKWARD, (dx_new, dh, x_new, branch, *vectors, mean, rstd))
+        rest = (*vectors, mean, rstd, vectors[3] is None)
+        torch.library.opcheck(BACKWARD, (dh, dx_new, x_new, branch, *rest))
+    torch.library.opcheck(BACKWARD, (dh, None, x_new, branch, *_vectors(case)[0], mean, rstd, True))
+
+
+@kernels_only
+@each_vectors
+def test_backward_gives_h_again(vectors: str) -> None:
+    inputs = make((2, 19, 24), vectors)
+    x_new, h, mean, rstd = OPERATOR(*inputs.values(), 1e-6)
+    given = (inputs["branch"], *list(inputs.values())[2:])
+    out = BACKWARD(torch.ones_like(h), torch.ones_like(h), x_new, *given, mean, rstd, True)
+    wide = {name: v if v is None else v.double() for name, v in inputs.items()}
+    exact = reference.gated_residual_layer_norm_modulate(**wide)[1]
+    assert_close("h", out[6], exact, reference.gated_residual_layer_norm_modulate(**inputs)[1])
 
 
 def test_fake_shapes() -> None:
     x, vector = torch.empty(2, 3, 8, device="meta"), torch.empty(8, device="meta")
-    x_new, h, mean, rstd = OPERATOR(x, x.bfloat16(), None, vector, vector, 1e-6)
+    x_new, h, mean, rstd = OPERATOR(x, x.bfloat16(), None, vector, vector, vector, 1e-6)
     assert [x_new.dtype, h.dtype] == [torch.float32, torch.bfloat16]
     assert [s.shape for s in (x_new, h, mean, rstd)] == [(2, 3, 8), (2, 3, 8), (2, 3), (2, 3)]
-    wide = OPERATOR(x.double(), x, None, None, None, 1e-6)
+    wide = OPERATOR(x.double(), x, None, None, None, None, 1e-6)
     assert [s.dtype for s in wide[2:]] == [torch.float64] * 2
-    gradients = BACKWARD(x, x, x, x.bfloat16(), None, vector, vector, mean, rstd)
-    assert [g.shape for g in gradients] == [(2, 3, 8), (2, 3, 8), (0,), (8,), (8,)]
+    vectors = (None, vector, vector, vector)
+    gradients = BACKWARD(x, None, x, x.bfloat16(), *vectors, mean, rstd, True)
+    shapes = [(2, 3, 8), (2, 3, 8), (0,), (8,), (8,), (8,), (2, 3, 8)]
+    assert [g.shape for g in gradients] == shapes
+    assert gradients[6].dtype == torch.bfloat16
+    assert BACKWARD(x, x, x, x, *vectors, mean, rstd, False)[6].shape == (0,)
     assert [g.dtype for g in gradients[:2]] == [torch.float32, torch.bfloat16]
 
 
@@ -223,6 +273,7 @@ def test_fake_shapes() -> None:
         ({"branch": torch.ones(2, 3, 8) + 0j}, TypeError, "branch: .*torch.complex64"),
         ({"gate": torch.ones(3, 8)}, ValueError, r"gate: .*got \(3, 8\)"),
         ({"shift": torch.ones(8, 2)}, ValueError, r"shift: .*got \(8, 2\)"),
+        ({"bias": torch.ones(2, 8)}, ValueError, r"bias: expected shape \(8,\).*got \(2, 8\)"),
         ({"scale": None}, ValueError, "scale=None: shift and scale"),
         ({"shift": None}, ValueError, "shift=None: shift and scale"),
         ({"scale": torch.ones(2, 8, device="meta")}, ValueError, "x is on cpu.*scale is on meta"),

@@ -82,11 +82,23 @@ def test_gradcheck(vectors: str) -> None:
     assert_gradcheck(ops.layer_norm_modulate, make((2, 3, 5), vectors))
 
 
-@every_way
+@both_ways
 @each_vectors
 def test_layouts(vectors: str) -> None:
     assert_layouts_do_not_matter(
         ops.layer_norm_modulate, make((2, 4, 6), vectors), summed=summed((2, 4, 6), vectors)
+    )
+
+
+@kernels_only
+@pytest.mark.parametrize(
+    "vectors",
+    ["chunks", *(pytest.param(v, marks=pytest.mark.slow) for v in VECTORS if v != "chunks")],
+)
+def test_layouts_of_the_kernel(vectors: str) -> None:
+    size = (2, 2, 6)
+    assert_layouts_do_not_matter(
+        ops.layer_norm_modulate, make(size, vectors), summed=summed(size, vectors)
     )
 
 
