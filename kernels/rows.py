@@ -1,8 +1,8 @@
 """What the kernels over rows have in common: tiles, loads, layer norm, sums over the tokens of a sample.
 
 A row is a token: x (N, T, D) has N*T rows of D values, dense. A modulation vector is (N, D), one for the tokens of a
-sample, or (D,), one for all: its stride between samples is then 0. Everything is computed in float32: values are widened
-right after they are loaded and rounded when they are stored.
+sample, or (D,), one for all: its stride between samples is then 0. Everything is computed in float32: values are
+widened right after they are loaded and rounded when they are stored.
 """
 
 from __future__ import annotations
@@ -144,9 +144,7 @@ def _sum_slices_kernel(
             store_row(out, sample, columns, total, D)
 
 
-def sum_slices(
-    partials: Tensor, n: int, vectors: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def sum_slices(partials: Tensor, n: int, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The second stage of the sums: partials (N * slices, COUNT, D) to the gradient of each vector, like the vector.
 
     Always in the same order, so a repeated call gives the same bits. COUNT is at most 4.
@@ -158,7 +156,9 @@ def sum_slices(
             sums.append(None)
             continue
         each_sample = vector.dim() == 2
-        sums.append(partials.new_empty((n, d), dtype=vector.dtype if each_sample else torch.float32))
+        sums.append(
+            partials.new_empty((n, d), dtype=vector.dtype if each_sample else torch.float32)
+        )
     block_d = 128
     launch(
         _sum_slices_kernel,

@@ -8,7 +8,7 @@ Shapes: x (N, T, D) the residual stream, c (N, D) the conditioning, K = D / num_
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,9 +41,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).unbind(2)
-        return self.proj(ops.attention(q, k, v, scale=self.scale).reshape(n, t, d))
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What lies between the two linear layers: (N, T, 3 * D) -> (N, T, D)."""
+        n, t, d = qkv.shape[0], qkv.shape[1], self.num_heads * self.head_dim
+        q, k, v = qkv.reshape(n, t, 3, self.num_heads, self.head_dim).unbind(2)
+        return ops.attention(q, k, v, scale=self.scale).reshape(n, t, d)
 
 
 class CrossAttention(nn.Module):
@@ -74,6 +78,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (weights := self.weights()) is not None:
+            return ops.mlp_gelu(x, *weights)
+        return self.fc2(self.act(self.fc1(x)))
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Both layers' weight and bias if that is all there is to them; None if they have to be called."""
         fc1, act, fc2 = self.fc1, self.act, self.fc2
         if (
             is_plain(fc1, nn.Linear)
@@ -83,8 +93,8 @@ class Mlp(nn.Module):
             and fc1.bias is not None
             and fc2.bias is not None
         ):
-            return ops.mlp_gelu(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return fc2(act(fc1(x)))
+            return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        return None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -104,9 +114,7 @@ def seam(
     norm: nn.Module, x: Tensor, pending: Pending, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Adds the pending branch to x; returns x and `modulate(norm(x), shift, scale)`, in one pass where possible."""
-    if not (
-        is_plain(norm, nn.LayerNorm) and isinstance(norm, nn.LayerNorm) and norm.weight is None
-    ):
+    if not is_plain_norm(norm):
         x = materialise(x, pending)
         return x, modulate(norm(x), shift, scale).to(shift.dtype)
     if not pending:
@@ -118,6 +126,11 @@ def seam(
     return ops.gated_residual_layer_norm_modulate(
         x, branch, gate=gate, shift=shift, scale=scale, eps=norm.eps
     )
+
+
+def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether `norm` is a layer norm without affine parameters, and that is all there is to it."""
+    return is_plain(norm, nn.LayerNorm) and isinstance(norm, nn.LayerNorm) and norm.weight is None
 
 
 class DiTBlock(nn.Module):
@@ -170,10 +183,60 @@ class DiTBlock(nn.Module):
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
         else:
             shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
-        x, h = seam(self.norm1, x, pending or (), shift_msa, scale_msa)
-        x, h = seam(self.norm2, x, (self.attn(h), gate_msa), shift_mlp, scale_mlp)
-        mine: Pending = (self.mlp(h), gate_mlp)
+        if self._recomputes(x):
+            x, branch = self._recomputing(
+                x,
+                pending or (),
+                gate_msa,
+                {"shift": shift_msa, "scale": scale_msa, "eps": self.norm1.eps},
+                {"shift": shift_mlp, "scale": scale_mlp, "eps": self.norm2.eps},
+            )
+        else:
+            x, h = seam(self.norm1, x, pending or (), shift_msa, scale_msa)
+            x, h = seam(self.norm2, x, (self.attn(h), gate_msa), shift_mlp, scale_mlp)
+            branch = self.mlp(h)
+        mine: Pending = (branch, gate_mlp)
         return materialise(x, mine) if pending is None else (x, mine)
+
+    def _recomputes(self, x: Tensor) -> bool:
+        """Whether the block may reach over its submodules, so that no normalised tensor is kept for the backward."""
+        attn, mlp = self.attn, self.mlp
+        return (
+            ops.recomputes(x)
+            and is_plain_norm(self.norm1)
+            and is_plain_norm(self.norm2)
+            and is_plain(attn, Attention)
+            and type(attn).forward is _ATTENTION
+            and is_plain(attn.qkv, nn.Linear)
+            and is_plain(attn.proj, nn.Linear)
+            and is_plain(mlp, Mlp)
+            and type(mlp).forward is _MLP
+            and mlp.weights() is not None
+        )
+
+    def _recomputing(
+        self,
+        x: Tensor,
+        pending: Pending,
+        gate: Tensor | None,
+        first: dict[str, Any],
+        second: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream before the block's last branch, and that branch."""
+        qkv, proj = self.attn.qkv, self.attn.proj
+        if pending:
+            x, projected = ops.gated_residual_layer_norm_modulate_linear(
+                x, pending[0], qkv.weight, qkv.bias, gate=pending[1], **first
+            )
+        else:
+            projected = ops.layer_norm_modulate_linear(x, qkv.weight, qkv.bias, **first)
+        # The seam adds the bias, and its backward sums the bias's gradient in passing.
+        branch = F.linear(self.attn.attend(projected), proj.weight)
+        weights = self.mlp.weights()
+        assert weights is not None  # `_recomputes` has seen it
+        return ops.gated_residual_layer_norm_modulate_mlp_gelu(
+            x, branch, *weights, gate=gate, branch_bias=proj.bias, **second
+        )
 
 
 class CrossAttentionBlock(nn.Module):
@@ -258,6 +321,7 @@ class FinalLayer(nn.Module):
 
 # As they are written here: a subclass or a patched class may have another `forward`.
 _FORWARDS = (DiTBlock.forward, FinalLayer.forward)
+_ATTENTION, _MLP = Attention.forward, Mlp.forward
 
 
 def hands_on(module: nn.Module) -> bool:

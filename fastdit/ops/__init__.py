@@ -9,14 +9,24 @@ from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modula
 from .layer_norm_modulate import layer_norm_modulate
 from .mlp_gelu import mlp_gelu
 from .patchify import patchify
+from .recomputed import (
+    gated_residual_layer_norm_modulate_linear,
+    gated_residual_layer_norm_modulate_mlp_gelu,
+    layer_norm_modulate_linear,
+    recomputes,
+)
 from .unpatchify import unpatchify
 
 __all__ = [
     "attention",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
+    "gated_residual_layer_norm_modulate_linear",
+    "gated_residual_layer_norm_modulate_mlp_gelu",
     "layer_norm_modulate",
+    "layer_norm_modulate_linear",
     "mlp_gelu",
     "patchify",
+    "recomputes",
     "unpatchify",
 ]

@@ -163,8 +163,9 @@ def seam_backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    *,
     with_h: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """Gradients by x, branch, gate, shift, scale and bias, and h where it is asked for; None for what is not there."""
     if dh is None:
         dh = torch.zeros_like(branch)

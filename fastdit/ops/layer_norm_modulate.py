@@ -38,9 +38,7 @@ def _fake(
 def _backward(
     dh: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return without_none(
-        reference.layer_norm_modulate_backward(dh, x, shift, scale, mean, rstd)
-    )
+    return without_none(reference.layer_norm_modulate_backward(dh, x, shift, scale, mean, rstd))
 
 
 def _backward_fake(
@@ -69,9 +67,7 @@ BACKWARD = Operation(
 
 
 FORWARD.add_kernel("layer_norm_modulate", "forward", limits=row_limits)
-BACKWARD.add_kernel(
-    "layer_norm_modulate", "backward", limits=row_limits, adapt=without_none
-)
+BACKWARD.add_kernel("layer_norm_modulate", "backward", limits=row_limits, adapt=without_none)
 
 
 class LayerNormModulate(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """The two-layer perceptron of a block: `gelu(x w1^T + b1) w2^T + b2` with the tanh form of GELU.
 
 x (..., D), w1 (F, D), b1 (F,), w2 (D, F), b2 (D,), all in one dtype (under autocast: cast to autocast's), out (..., D).
-The backward needs x and the pre-activation only; the activation is computed again.
+The backward needs x and the pre-activation only; the activation is computed again. Without a backward, GELU is part of
+the first product.
 
 Source: Vaswani et al. 2017, section 3.3; Hendrycks & Gimpel 2016 (GELU).
 """
@@ -16,24 +17,34 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import autocast_enabled, require_floating, require_same_device
-from .operation import Operation
+from .operation import (
+    Operation,
+    dtype_limits,
+    needs_gradient,
+    weight_gradient,
+    without_none,
+)
 
 
 def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], w1.shape[0])
 
 
-def _backward_fake(
-    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre_activation: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    f, d = w1.shape
-    return (
-        x.new_empty(x.shape),
-        w1.new_empty(f, d),
-        w1.new_empty(f),
-        w2.new_empty(d, f),
-        w2.new_empty(d),
+def _backward(
+    dout: Tensor, w1: Tensor, w2: Tensor, pre_activation: Tensor, with_weights: bool
+) -> tuple[Tensor, ...]:
+    return without_none(
+        reference.mlp_gelu_backward(dout, w1, w2, pre_activation, with_weights=with_weights)
     )
+
+
+def _backward_fake(
+    dout: Tensor, w1: Tensor, w2: Tensor, pre_activation: Tensor, with_weights: bool
+) -> tuple[Tensor, ...]:
+    f, d = w1.shape
+    weights = [(f,), (d, f), (d,)] if with_weights else [(0,)] * 3
+    shapes = [dout.shape, pre_activation.shape, *weights]
+    return tuple(dout.new_empty(shape) for shape in shapes)
 
 
 FORWARD = Operation(
@@ -41,12 +52,20 @@ FORWARD = Operation(
     reference=reference.mlp_gelu_forward,
     fake=_fake,
 )
+INFERENCE = Operation(
+    "mlp_gelu_inference(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor",
+    reference=reference.mlp_gelu,
+    fake=lambda x, w1, b1, w2, b2: x.new_empty(x.shape),
+)
 BACKWARD = Operation(
-    "mlp_gelu_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor pre_activation)"
+    "mlp_gelu_backward(Tensor dout, Tensor w1, Tensor w2, Tensor pre_activation, bool with_weights)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.mlp_gelu_backward,
+    reference=_backward,
     fake=_backward_fake,
 )
+FORWARD.add_kernel("mlp_gelu", "forward", limits=dtype_limits)
+INFERENCE.add_kernel("mlp_gelu", "inference", limits=dtype_limits)
+BACKWARD.add_kernel("mlp_gelu", "backward", limits=dtype_limits, adapt=without_none)
 
 
 class MlpGelu(torch.autograd.Function):
@@ -60,8 +79,15 @@ class MlpGelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-        return torch.ops.fastdit.mlp_gelu_backward(dout, *ctx.saved_tensors)
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, w2, pre_activation = ctx.saved_tensors
+        with_weights = any(ctx.needs_input_grad[1:])
+        dx, dpre, db1, dw2, db2 = torch.ops.fastdit.mlp_gelu_backward(
+            dout, w1, w2, pre_activation, with_weights
+        )
+        if not with_weights:
+            return dx, None, None, None, None
+        return dx, weight_gradient(dpre, x), db1, dw2, db2
 
 
 def mlp_gelu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -86,9 +112,11 @@ def mlp_gelu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tenso
     if not autocast and len({tensor.dtype for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{argument} is {tensor.dtype}" for argument, tensor in tensors.items())
         raise TypeError(f"{found}: all must have one dtype outside autocast")
-    if FORWARD.choose(x) == "reference":
+    if FORWARD.choose(*tensors.values()) == "reference":
         return reference.mlp_gelu(x, w1, b1, w2, b2)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w1, b1, w2, b2 = (tensor.to(dtype) for tensor in tensors.values())
+    if not needs_gradient(x, w1, b1, w2, b2):
+        return torch.ops.fastdit.mlp_gelu_inference(x, w1, b1, w2, b2)
     return MlpGelu.apply(x, w1, b1, w2, b2)

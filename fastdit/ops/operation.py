@@ -193,3 +193,8 @@ def without_none(results: tuple[Tensor | None, ...]) -> Any:
     """The results of an operator, the first of which is there: an `absent` one for each that is None."""
     first = results[0]
     return tuple(absent(first) if each is None else each for each in results)  # type: ignore[arg-type]
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient by the weight (out, in) of `y = x weight^T`; dy (..., out), x (..., in)."""
+    return dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])

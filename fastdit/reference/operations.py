@@ -162,13 +162,16 @@ def mlp_gelu_forward(
 
 
 def mlp_gelu_backward(
-    dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre_activation: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `mlp_gelu` by x, w1, b1, w2 and b2."""
+    dout: Tensor, w1: Tensor, w2: Tensor, pre_activation: Tensor, *, with_weights: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `mlp_gelu` by x, by the pre-activation, and, `with_weights`, by b1, w2 and b2.
+
+    That by w1 is the product of the second, transposed, and x.
+    """
+    dpre = torch.ops.aten.gelu_backward(dout @ w2, pre_activation, approximate="tanh")
+    if not with_weights:
+        return dpre @ w1, dpre, None, None, None
     activation = F.gelu(pre_activation, approximate="tanh")
     dout_rows = dout.reshape(-1, dout.shape[-1])
     dw2 = dout_rows.mT @ activation.reshape(-1, activation.shape[-1])
-    dpre = torch.ops.aten.gelu_backward(dout @ w2, pre_activation, approximate="tanh")
-    dpre_rows = dpre.reshape(-1, dpre.shape[-1])
-    dw1 = dpre_rows.mT @ x.reshape(-1, x.shape[-1])
-    return dpre @ w1, dw1, dpre_rows.sum(0), dw2, dout_rows.sum(0)
+    return dpre @ w1, dpre, dpre.reshape(-1, dpre.shape[-1]).sum(0), dw2, dout_rows.sum(0)

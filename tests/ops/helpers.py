@@ -188,8 +188,9 @@ def opcheck_inputs(
 
 
 def _operations(module: ModuleType) -> list[Operation]:
-    """FORWARD, and BACKWARD of those that have one."""
-    return [getattr(module, name) for name in ("FORWARD", "BACKWARD") if hasattr(module, name)]
+    """FORWARD, and INFERENCE and BACKWARD of those that have them."""
+    names = ("FORWARD", "INFERENCE", "BACKWARD")
+    return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
 def watch_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str]:

@@ -13,17 +13,20 @@ from .helpers import (
     Inputs,
     assert_gradcheck,
     assert_operation_close,
+    both_ways,
     draw,
     each_dtype,
+    each_kernel_size,
     each_size,
+    every_way,
+    kernels_only,
     opcheck_inputs,
 )
 
 MODULE = importlib.import_module("fastdit.ops.mlp_gelu")
 OPERATOR = torch.ops.fastdit.mlp_gelu.default
+INFERENCE = torch.ops.fastdit.mlp_gelu_inference.default
 BACKWARD = torch.ops.fastdit.mlp_gelu_backward.default
-
-both_ways = pytest.mark.usefixtures("way")
 
 
 def make(shape: tuple[int, ...], f: int, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -51,7 +54,47 @@ def test_matches_the_reference(dtype: torch.dtype, size: tuple[int, int, int]) -
     )
 
 
-@both_ways
+@kernels_only
+@each_dtype
+@each_kernel_size
+def test_kernel_sizes(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """The odd sizes as F, too, and more than one block of columns."""
+    n, t, d = size
+    f = {1152: 513, 1500: 8}.get(d, d)
+    inputs = make((n, t, min(d, 40)), f, dtype)
+    assert_operation_close(ops.mlp_gelu, reference.mlp_gelu, inputs, summed=summed(n * t))
+
+
+@every_way
+def test_both_ends_of_gelu() -> None:
+    """Where tanh is 1 or -1, and where exp(2 u) is infinite."""
+    x = torch.tensor([-1e4, -90.0, -20.0, -10.0, -5.0, 0.0, 5.0, 10.0, 20.0, 90.0, 1e4])
+    identity = torch.eye(11)
+    inputs = {"x": x, "w1": identity, "b1": torch.zeros(11), "w2": identity, "b2": torch.zeros(11)}
+    assert_operation_close(ops.mlp_gelu, reference.mlp_gelu, inputs, summed=summed(1))
+
+
+@every_way
+def test_without_a_backward() -> None:
+    inputs = make((2, 3, 8), 16)
+    exact = reference.mlp_gelu(**{name: value.double() for name, value in inputs.items()})
+    out = ops.mlp_gelu(**inputs)
+    assert_close("out", out, exact, reference.mlp_gelu(**inputs))
+    with torch.no_grad():
+        inputs["x"].requires_grad_()
+        torch.testing.assert_close(ops.mlp_gelu(**inputs), out, rtol=0, atol=0)
+
+
+@every_way
+def test_frozen_weights() -> None:
+    inputs = make((2, 3, 8), 16)
+    x = inputs["x"].requires_grad_()
+    (dx,) = torch.autograd.grad(ops.mlp_gelu(**inputs).sum(), [x])
+    (expected,) = torch.autograd.grad(reference.mlp_gelu(**inputs).sum(), [x])
+    torch.testing.assert_close(dx, expected)
+
+
+@every_way
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 2, 3, 16)], ids=str)
 def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     assert_operation_close(ops.mlp_gelu, reference.mlp_gelu, make(shape, 5), summed=summed(12))
@@ -89,13 +132,13 @@ def test_autocast(weights: torch.dtype, x_dtype: torch.dtype) -> None:
         assert leaf.grad.dtype == inputs[name].dtype, name
 
 
-@both_ways
+@every_way
 def test_rows_are_independent() -> None:
     inputs = make((4, 3, 8), 16)
     assert_row_local("x", lambda x: ops.mlp_gelu(**{**inputs, "x": x}), inputs["x"], 1)
 
 
-@both_ways
+@every_way
 def test_memory() -> None:
     inputs = make((2, 3, 8), 16)
     expected = ops.mlp_gelu(**inputs)
@@ -122,21 +165,24 @@ def test_opcheck(case: str) -> None:
     make, (n, t, d), _ = opcheck_inputs(case)
     arguments = (make(n, t, d), make(16, d), make(16), make(d, 16), make(d))
     torch.library.opcheck(OPERATOR, arguments)
+    torch.library.opcheck(INFERENCE, arguments)
 
 
 @pytest.mark.parametrize("case", ["plain", "transposed", "batch 0", "odd"])
 def test_opcheck_backward(case: str) -> None:
     make, (n, t, d), _ = opcheck_inputs(case)
-    arguments = (make(n, t, d), make(n, t, d), make(16, d), make(d, 16), make(n, t, 16))
-    torch.library.opcheck(BACKWARD, arguments)
+    arguments = (make(n, t, d), make(16, d), make(d, 16), make(n, t, 16))
+    for with_weights in (True, False):
+        torch.library.opcheck(BACKWARD, (*arguments, with_weights))
 
 
 def test_fake_shapes() -> None:
     x, w1, b1, w2, b2 = (torch.empty_like(v, device="meta") for v in make((2, 3, 8), 16).values())
     out, pre_activation = OPERATOR(x, w1, b1, w2, b2)
     assert (out.shape, pre_activation.shape) == ((2, 3, 8), (2, 3, 16))
-    gradients = BACKWARD(out, x, w1, w2, pre_activation)
-    assert [g.shape for g in gradients] == [(2, 3, 8), (16, 8), (16,), (8, 16), (8,)]
+    gradients = BACKWARD(out, w1, w2, pre_activation, True)
+    assert [g.shape for g in gradients] == [(2, 3, 8), (2, 3, 16), (16,), (8, 16), (8,)]
+    assert [g.numel() for g in BACKWARD(out, w1, w2, pre_activation, False)[2:]] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

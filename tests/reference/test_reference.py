@@ -186,9 +186,13 @@ def test_mlp_gelu_backward() -> None:
     found_out, pre_activation = operations.mlp_gelu_forward(x, w1, b1, w2, b2)
     torch.testing.assert_close(found_out, out)
     torch.testing.assert_close(pre_activation, F.linear(x, w1, b1))
-    found = operations.mlp_gelu_backward(dout, x, w1, w2, pre_activation)
-    for gradient, wanted in zip(found, expected, strict=True):
+    dx, dpre, *weights = operations.mlp_gelu_backward(dout, w1, w2, pre_activation)
+    dw1 = torch.einsum("ntf,ntd->fd", dpre, x)
+    for gradient, wanted in zip((dx, dw1, *weights), expected, strict=True):
         torch.testing.assert_close(gradient, wanted)
+    frozen = operations.mlp_gelu_backward(dout, w1, w2, pre_activation, with_weights=False)
+    assert torch.equal(frozen[0], dx)
+    assert frozen[2:] == (None, None, None)
 
 
 def test_backwards_keep_the_dtypes_of_their_inputs() -> None:
