@@ -15,8 +15,18 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
+class _Kept:
+    """The scope of a patch that stays."""
+
+    def restore(self) -> None:
+        pass
+
+
 def correct() -> None:
-    """Makes casts from and to bfloat16 exact, and integer overflow an error."""
+    """Makes casts from and to bfloat16 exact, and integer overflow an error; and keeps `tl` patched.
+
+    The interpreter patches `tl` for every launch and for every call of a function in it, which is most of its time.
+    """
     builder = interpreter.interpreter_builder
     if getattr(builder.options, "debug", False):
         return
@@ -28,7 +38,9 @@ def correct() -> None:
         before, after = source.dtype.scalar, target.scalar
         if after == tl.bfloat16 and before != tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
-            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), after)
+            return interpreter.TensorHandle(
+                rounded.view(torch.int16).numpy().view(np.uint16), after
+            )
         if before == tl.bfloat16 and after != tl.bfloat16:
             bits = torch.from_numpy(np.ascontiguousarray(source.data).view(np.int16))
             wide = bits.view(torch.bfloat16).float().numpy()
@@ -36,3 +48,13 @@ def correct() -> None:
         return original(self, source, target)
 
     interpreter.InterpreterBuilder.cast_impl = cast
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> _Kept:
+        seen = frozenset(id(m) for m in function.__globals__.values() if m is tl or m is tl.core)
+        if seen not in patched:
+            patched.add(seen)
+            patch(function)
+        return _Kept()
+
+    interpreter._patch_lang = patch_once

@@ -70,6 +70,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, package=None: object() if name in found else None
     )
+    monkeypatch.setattr("fastdit.backend._found", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert reasons_not_usable("reference", "cpu") == []
@@ -80,6 +81,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert describe() == [(name, reasons_not_usable(name)) for name in BACKENDS]
     found.update({"triton", "fastdit._C"})
+    assert "not installed" in reasons_not_usable("triton")[0]  # it looks once a process
+    monkeypatch.setattr("fastdit.backend._found", {})
     assert reasons_not_usable("native", "cuda") == []
     assert len(reasons_not_usable("triton", "cpu")) == 1
     monkeypatch.setenv("TRITON_INTERPRET", "1")

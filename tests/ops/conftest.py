@@ -35,8 +35,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         calls = fill_native(monkeypatch, request.module.MODULE)
     elif way in ("interpreter", "cuda"):
         calls = watch_kernels(monkeypatch, request.module.MODULE)
-    with fastdit.use_backend("triton" if way in ("interpreter", "cuda") else "auto"):
+    with (
+        fastdit.use_backend("triton" if way in ("interpreter", "cuda") else "auto"),
+        torch.device("cuda" if way == "cuda" else "cpu"),
         # NaN and Inf are part of the tests; numpy, in which the interpreter computes, would warn.
-        with torch.device("cuda" if way == "cuda" else "cpu"), np.errstate(all="ignore"):
-            yield way
+        np.errstate(all="ignore"),
+    ):
+        yield way
     assert bool(calls) == (way != "plain")
