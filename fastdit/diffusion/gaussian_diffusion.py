@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.diffusion_step import StepCoefficients
 from ..validation import require_choice, require_floating
 from .forward_process import Array, ForwardProcess
 from .inputs import check_timesteps, noise_like, require_like, start_noise
@@ -283,6 +284,59 @@ class GaussianDiffusion(ForwardProcess):
         (abar_next,) = self._at(t, x, "alphas_cumprod_next")
         sample = out["pred_xstart"] * torch.sqrt(abar_next) + torch.sqrt(1 - abar_next) * eps
         return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"]}
+
+    def step_table(
+        self,
+        sampler: str,
+        *,
+        eta: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The coefficients of every step, as `fastdit.ops.ddpm_step` and `ddim_step` take them.
+
+        Row t holds the `fastdit.reference.diffusion_step.StepCoefficients` of step t: 7 columns for
+        `"ddpm"` with a learned variance, else 5. Made in float64, rounded once, and copied to the
+        device: a run makes it once.
+
+        Args:
+            sampler: `"ddpm"`, as `p_sample`, or `"ddim"`, as `ddim_sample`.
+            eta: DDIM's share of noise, 0 (deterministic) to 1 (as much as the posterior has).
+            device: where the table is to be; None means the CPU.
+            dtype: float32, or float64 for the reference.
+
+        Returns (num_timesteps, 5 or 7). Raises ValueError for another sampler or eta.
+        """
+        require_choice("sampler", sampler, ("ddpm", "ddim"))
+        if not 0 <= eta <= (1 if sampler == "ddim" else 0):
+            raise ValueError(
+                f"eta={eta}: allowed are 0 to 1 with sampler='ddim', and 0 with 'ddpm'"
+            )
+        tables = self.tables(torch.device("cpu"), torch.float64)
+        abar, abar_prev = tables["alphas_cumprod"], tables["alphas_cumprod_prev"]
+        if self.mean_type == "epsilon":  # DDPM eq. 15
+            x0_of_x = tables["sqrt_recip_alphas_cumprod"]
+            x0_of_output = -tables["sqrt_recipm1_alphas_cumprod"]
+        else:
+            x0_of_x, x0_of_output = torch.zeros_like(abar), torch.ones_like(abar)
+
+        log_variances: tuple[Tensor, ...] = ()
+        if sampler == "ddim":  # eq. 12 and 16; eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)
+            noise = eta * torch.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
+            mean_of_x = torch.sqrt((1 - abar_prev - noise**2) / (1 - abar))
+            mean_of_x0 = torch.sqrt(abar_prev) - mean_of_x * torch.sqrt(abar)
+        else:  # DDPM eq. 7
+            mean_of_x0, mean_of_x = tables["posterior_mean_coef1"], tables["posterior_mean_coef2"]
+            noise = torch.ones_like(abar)
+            noise[0] = 0  # the last step of a run adds none
+            if self.variance_type == "learned_range":
+                log_variances = tables["posterior_log_variance_clipped"], tables["log_betas"]
+            else:
+                noise = noise * torch.sqrt(tables[FIXED_VARIANCES[self.variance_type][0]])
+        columns = StepCoefficients(
+            x0_of_x, x0_of_output, mean_of_x0, mean_of_x, noise, *log_variances
+        )
+        return torch.stack([c for c in columns if c is not None], dim=1).to(device, dtype)
 
     # ------------------------------------------------------------------ samplers, all steps
 

@@ -4,6 +4,7 @@ The names are imported here eagerly: an operation and its module share a name, a
 """
 
 from .attention import attention
+from .diffusion_step import ddim_step, ddpm_step
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
 from .layer_norm_modulate import layer_norm_modulate
@@ -19,6 +20,8 @@ from .unpatchify import unpatchify
 
 __all__ = [
     "attention",
+    "ddim_step",
+    "ddpm_step",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "gated_residual_layer_norm_modulate_linear",

@@ -16,7 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import require_same_device
-from .operation import Operation, absent, require_modulation, require_tokens
+from .operation import (
+    Operation,
+    absent,
+    needs_gradient,
+    require_modulation,
+    require_tokens,
+    row_limits,
+    without_none,
+)
 
 
 def _forward(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
@@ -31,11 +39,11 @@ def _backward(dx: Tensor, branch: Tensor, gate: Tensor | None) -> tuple[Tensor, 
     dbranch, dgate = reference.gated_residual_backward(dx, branch, gate)
     # An operator may not return its own input, which dbranch is where nothing has to be computed.
     dbranch = dbranch.clone() if dbranch is dx else dbranch
-    return dbranch, absent(dx) if dgate is None else dgate
+    return without_none((dbranch, dgate))
 
 
 def _backward_fake(dx: Tensor, branch: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    dgate = absent(dx) if gate is None else gate.new_empty(gate.shape)
+    dgate = absent(branch) if gate is None else gate.new_empty(gate.shape)
     return branch.new_empty(branch.shape), dgate
 
 
@@ -50,21 +58,27 @@ BACKWARD = Operation(
     fake=_backward_fake,
 )
 
+FORWARD.add_kernel("gated_residual", "forward", limits=row_limits)
+BACKWARD.add_kernel("gated_residual", "backward", limits=row_limits, adapt=without_none)
+
 
 class GatedResidual(torch.autograd.Function):
-    """The operator and its backward. It keeps branch and gate."""
+    """The operator and its backward. It keeps branch and gate, and nothing where there is no gate."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-        ctx.save_for_backward(branch, gate)
+        ctx.branch_dtype = branch.dtype
+        ctx.save_for_backward(*(() if gate is None else (branch, gate)))
         return torch.ops.fastdit.gated_residual(x, branch, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        branch, gate = ctx.saved_tensors
-        dbranch, dgate = torch.ops.fastdit.gated_residual_backward(dx, branch, gate)
-        return dx, dbranch, None if gate is None else dgate
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them at every look
+        if not saved:
+            return dx, dx.to(ctx.branch_dtype), None
+        dbranch, dgate = torch.ops.fastdit.gated_residual_backward(dx, *saved)
+        return dx, dbranch, dgate
 
 
 def require_branch(x: Tensor, branch: Tensor) -> None:
@@ -81,11 +95,14 @@ def gated_residual(x: Tensor, branch: Tensor, *, gate: Tensor | None = None) -> 
     """`x + gate * branch`; x and branch (N, T, D), gate (N, D) or (D,) or None for 1, out (N, T, D) in x's dtype.
 
     Raises TypeError for tensors that are not dense and floating-point; ValueError for other shapes or tensors on
-    different devices; RuntimeError if the chosen backend cannot run.
+    different devices; RuntimeError if the chosen backend cannot run. While compiling it is plain torch.
     """
     require_tokens("x", x)
     require_branch(x, branch)
     require_modulation(x, gate=gate)
-    if FORWARD.choose(x, branch, gate) == "reference":
+    # A compiler fuses this with what is around it; it cannot look into an operator.
+    if torch.compiler.is_compiling() or FORWARD.choose(x, branch, gate) == "reference":
         return reference.gated_residual(x, branch, gate=gate)
+    if not needs_gradient(x, branch, gate):
+        return torch.ops.fastdit.gated_residual(x, branch, gate)
     return GatedResidual.apply(x, branch, gate)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import require_floating
-from .operation import Operation
+from .operation import Operation, dtype_limits, needs_gradient
 
 
 def _forward(x: Tensor, patch_size: int) -> Tensor:
@@ -46,6 +46,9 @@ BACKWARD = Operation(
     fake=_backward_fake,
 )
 
+FORWARD.add_kernel("patchify", "forward", limits=dtype_limits)
+BACKWARD.add_kernel("patchify", "backward", limits=dtype_limits)
+
 
 class Patchify(torch.autograd.Function):
     """The operator and its backward, the inverse permutation."""
@@ -66,7 +69,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
     """(N, C, H*P, W*P) -> (N, H*W, C*P*P), features ordered (channel, row, column); exact in any dtype.
 
     Raises TypeError for a tensor that is not dense and floating-point; ValueError unless it is 4-D with height and
-    width divisible by `patch_size`; RuntimeError if the chosen backend cannot run.
+    width divisible by `patch_size`; RuntimeError if the chosen backend cannot run. While compiling it is plain torch.
     """
     require_floating("x", x)
     if x.dim() != 4 or patch_size < 1 or x.shape[2] % patch_size or x.shape[3] % patch_size:
@@ -74,6 +77,9 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
             f"x: expected shape (N, C, height, width) with height and width divisible by patch_size={patch_size}, "
             f"got {tuple(x.shape)}"
         )
-    if FORWARD.choose(x) == "reference":
+    # A compiler moves the values together with what is around them; it cannot look into an operator.
+    if torch.compiler.is_compiling() or FORWARD.choose(x) == "reference":
         return reference.patchify(x, patch_size)
+    if not needs_gradient(x):
+        return torch.ops.fastdit.patchify(x, patch_size)
     return Patchify.apply(x, patch_size)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import operations as reference
 from ..validation import require_floating
-from .operation import Operation
+from .operation import Operation, dtype_limits, needs_gradient
 
 
 def _forward(tokens: Tensor, patch_size: int, out_channels: int, h: int, w: int) -> Tensor:
@@ -50,6 +50,9 @@ BACKWARD = Operation(
     fake=_backward_fake,
 )
 
+FORWARD.add_kernel("unpatchify", "forward", limits=dtype_limits)
+BACKWARD.add_kernel("unpatchify", "backward", limits=dtype_limits)
+
 
 class Unpatchify(torch.autograd.Function):
     """The operator and its backward, the inverse permutation."""
@@ -72,7 +75,7 @@ def unpatchify(tokens: Tensor, patch_size: int, out_channels: int, grid: tuple[i
     """(N, H*W, P*P*C) -> (N, C, H*P, W*P), `grid` (H, W), features ordered (row, column, channel); exact in any dtype.
 
     Raises TypeError for a tensor that is not dense and floating-point; ValueError unless its shape is
-    (N, H*W, P*P*out_channels); RuntimeError if the chosen backend cannot run.
+    (N, H*W, P*P*out_channels); RuntimeError if the chosen backend cannot run. While compiling it is plain torch.
     """
     require_floating("tokens", tokens)
     h, w = grid
@@ -81,6 +84,9 @@ def unpatchify(tokens: Tensor, patch_size: int, out_channels: int, grid: tuple[i
             f"tokens: expected shape (N, {h * w}, {patch_size**2 * out_channels}) for grid={grid}, "
             f"patch_size={patch_size}, out_channels={out_channels}, got {tuple(tokens.shape)}"
         )
-    if FORWARD.choose(tokens) == "reference":
+    # A compiler moves the values together with what is around them; it cannot look into an operator.
+    if torch.compiler.is_compiling() or FORWARD.choose(tokens) == "reference":
         return reference.unpatchify(tokens, patch_size, out_channels, grid)
+    if not needs_gradient(tokens):
+        return torch.ops.fastdit.unpatchify(tokens, patch_size, out_channels, h, w)
     return Unpatchify.apply(tokens, patch_size, out_channels, h, w)

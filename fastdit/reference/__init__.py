@@ -1,5 +1,6 @@
 """The specification: every operation and the whole DiT in plain torch. It imports nothing else of fastdit."""
 
+from .diffusion_step import ddim_step, ddpm_step
 from .dit import DiT, sincos_position_embedding
 from .operations import (
     attention,
@@ -14,6 +15,8 @@ from .operations import (
 __all__ = [
     "DiT",
     "attention",
+    "ddim_step",
+    "ddpm_step",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "layer_norm_modulate",

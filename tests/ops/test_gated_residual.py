@@ -1,23 +1,36 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdit import ops, reference
-from fastdit.testing import Guarded, assert_row_local, assert_ulps, poisoned_memory
+from fastdit.testing import (
+    Guarded,
+    assert_row_local,
+    assert_same_bits,
+    assert_ulps,
+    poisoned_memory,
+)
 
 from .helpers import (
+    KERNEL_SIZES,
     Inputs,
     assert_gradcheck,
     assert_layouts_do_not_matter,
     assert_operation_close,
+    both_ways,
     draw,
     each_dtype,
+    each_kernel_size,
     each_opcheck,
     each_size,
+    every_way,
+    kernels_only,
     opcheck_inputs,
 )
 
@@ -25,8 +38,8 @@ MODULE = importlib.import_module("fastdit.ops.gated_residual")
 OPERATOR = torch.ops.fastdit.gated_residual.default
 BACKWARD = torch.ops.fastdit.gated_residual_backward.default
 
-both_ways = pytest.mark.usefixtures("way")
-each_gate = pytest.mark.parametrize("gate", ["(N, D)", "(D,)", "chunk", "none"])
+GATES = ["(N, D)", "(D,)", "chunk", "none"]
+each_gate = pytest.mark.parametrize("gate", GATES)
 
 
 def make(size: tuple[int, int, int], gate: str, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -59,10 +72,54 @@ def test_matches_the_reference(dtype: torch.dtype, size: tuple[int, int, int], g
     )
 
 
-@both_ways
-def test_is_exact_to_one_unit_in_the_last_place() -> None:
+@kernels_only
+@each_dtype
+@each_kernel_size
+def test_kernel_sizes(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    gate = GATES[sum(size) % 3]
+    inputs = make(size, gate, dtype)
+    assert_operation_close(
+        ops.gated_residual, reference.gated_residual, inputs, summed=summed(size, gate)
+    )
+
+
+@kernels_only
+@each_dtype
+def test_kernel_without_a_gate(dtype: torch.dtype) -> None:
+    for size in KERNEL_SIZES[::4]:
+        assert_operation_close(
+            ops.gated_residual, reference.gated_residual, make(size, "none", dtype), summed={}
+        )
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_operator_without_a_gate(dtype: torch.dtype) -> None:
+    for dx in (draw(2, 3, 8), draw(2, 1, 8).expand(2, 3, 8), draw(2, 8, 3).mT):
+        dbranch, dgate = BACKWARD(dx, draw(2, 3, 8, dtype=dtype), None)
+        assert_same_bits("dbranch", dbranch, dx.to(dtype))
+        assert dbranch.is_contiguous()
+        assert dbranch.data_ptr() != dx.data_ptr()
+        assert dgate.shape == (0,)
+
+
+@kernels_only
+@each_gate
+@pytest.mark.parametrize("size", [(0, 4, 8), (2, 0, 8)], ids=str)
+def test_kernel_of_nothing(size: tuple[int, int, int], gate: str) -> None:
+    inputs = {name: value for name, value in make(size, gate).items() if value is not None}
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    out = ops.gated_residual(**leaves)
+    assert out.shape == size
+    for name, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves.values()), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(inputs[name])), name
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_exact_to_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
     """Whether with one rounding, a fused multiply-add, or two; where nothing cancels."""
-    inputs = {name: value.abs() for name, value in make((3, 7, 33), "(N, D)").items()}
+    inputs = {name: value.abs() for name, value in make((3, 7, 33), "(N, D)", dtype).items()}
     x, branch, gate = (value.double() for value in inputs.values())
     assert_ulps("gate", ops.gated_residual(**inputs), x + gate.unsqueeze(1) * branch)
     assert_ulps("no gate", ops.gated_residual(inputs["x"], inputs["branch"]), x + branch)
@@ -74,14 +131,37 @@ def test_gradcheck(gate: str) -> None:
     assert_gradcheck(ops.gated_residual, make((2, 3, 5), gate))
 
 
-@both_ways
+@every_way
 @each_gate
 def test_layouts(gate: str) -> None:
     size = (2, 4, 6)
     assert_layouts_do_not_matter(ops.gated_residual, make(size, gate), summed=summed(size, gate))
 
 
-@both_ways
+@every_way
+def test_expanded_inputs() -> None:
+    n, t, d = 3, 4, 6
+    inputs = {
+        "x": draw(1, 1, d).expand(n, t, d),
+        "branch": draw(n, 1, d).expand(n, t, d),
+        "gate": draw(1, d).expand(n, d),
+    }
+    dense = {name: value.contiguous() for name, value in inputs.items()}
+    expected = ops.gated_residual(**dense)
+    assert_same_bits("x_new", ops.gated_residual(**inputs), expected)
+    column = draw(n, 1)
+    assert_same_bits(
+        "gate of one column",
+        ops.gated_residual(inputs["x"], inputs["branch"], gate=column.expand(n, d)),
+        ops.gated_residual(dense["x"], dense["branch"], gate=column.repeat(1, d)),
+    )
+    dx, branch, gate = inputs.values()
+    expected_gradients = BACKWARD(dense["x"], dense["branch"], dense["gate"])
+    for found, wanted in zip(BACKWARD(dx, branch, gate), expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@every_way
 @pytest.mark.parametrize(
     ("x_dtype", "branch_dtype", "gate_dtype"),
     [
@@ -105,7 +185,7 @@ def test_mixed_dtypes(
         )
 
 
-@both_ways
+@every_way
 def test_rows_are_independent() -> None:
     inputs = make((4, 3, 8), "(N, D)")
     for name in ("x", "branch", "gate"):
@@ -117,11 +197,15 @@ def test_rows_are_independent() -> None:
         )
     alone = ops.gated_residual(**{name: value[2:3] for name, value in inputs.items()})
     assert torch.equal(ops.gated_residual(**inputs)[2:3], alone)
+    dx, branch, gate = inputs.values()
+    for i, name in enumerate(("dbranch", "dgate")):
+        assert_row_local(name, lambda dx, i=i: BACKWARD(dx, branch, gate)[i], dx, 1)
 
 
-@both_ways
-def test_memory() -> None:
-    inputs = make((2, 3, 8), "(N, D)")
+@every_way
+@pytest.mark.parametrize("size", [(2, 3, 8), (2, 19, 7)], ids=str)
+def test_memory(size: tuple[int, int, int]) -> None:
+    inputs = make(size, "(N, D)")
     expected = ops.gated_residual(**inputs)
     guarded = {name: Guarded(value) for name, value in inputs.items()}
     leaves = {name: guard.tensor.requires_grad_() for name, guard in guarded.items()}
@@ -132,6 +216,36 @@ def test_memory() -> None:
     for name, guard in guarded.items():
         guard.check(name)
         assert leaves[name].grad.isfinite().all()
+
+
+@kernels_only
+def test_nothing_is_written_outside_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make((2, 19, 7), "(N, D)")
+    guards: list[Guarded] = []
+
+    def guarding(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_guarded(*arguments: Any, **options: Any) -> Tensor:
+            tensor = allocate(*arguments, **options)
+            if not tensor.numel():  # the interpreter makes some of its own
+                return tensor
+            guards.append(Guarded(tensor))
+            return guards[-1].tensor
+
+        return allocate_guarded
+
+    monkeypatch.setattr(torch, "empty", guarding(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", guarding(Tensor.new_empty))
+    OPERATOR(**inputs)
+    BACKWARD(inputs["x"], inputs["branch"], inputs["gate"])
+    assert len(guards) == 4  # x_new, dbranch, the sums of the slices, dgate
+    for i, guard in enumerate(guards):
+        guard.check(f"result {i}")
+
+
+@kernels_only
+def test_without_a_gate_nothing_is_kept() -> None:
+    out = ops.gated_residual(draw(2, 3, 8), draw(2, 3, 8).requires_grad_())
+    assert out.grad_fn.saved_tensors == ()
 
 
 @each_opcheck

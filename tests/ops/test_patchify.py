@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,20 @@ from fastdit.testing import (
     poisoned_memory,
 )
 
-from .helpers import assert_gradcheck, assert_layouts_do_not_matter, draw, each_dtype
+from .helpers import (
+    assert_gradcheck,
+    assert_layouts_do_not_matter,
+    both_ways,
+    draw,
+    each_dtype,
+    every_way,
+    kernels_only,
+)
 
 MODULE = importlib.import_module("fastdit.ops.patchify")
 OPERATOR = torch.ops.fastdit.patchify.default
 BACKWARD = torch.ops.fastdit.patchify_backward.default
 
-both_ways = pytest.mark.usefixtures("way")
 each_size = pytest.mark.parametrize(
     ("shape", "patch_size"),
     [
@@ -34,25 +42,60 @@ each_size = pytest.mark.parametrize(
     ],
     ids=str,
 )
+# For the kernel: all batches and patches, grids of one row and one column, more tokens than a tile has, and features on
+# both sides of a power of two.
+each_kernel_size = pytest.mark.parametrize(
+    ("shape", "patch_size"),
+    [
+        ((1, 1, 1, 1), 1),
+        ((2, 3, 5, 7), 1),
+        ((3, 32, 6, 9), 1),
+        ((5, 4, 2, 10), 2),
+        ((2, 4, 18, 16), 2),
+        ((3, 17, 6, 2), 2),
+        ((2, 5, 9, 6), 3),
+        ((1, 7, 4, 12), 4),
+        ((2, 3, 10, 5), 5),
+        ((3, 2, 7, 21), 7),
+        ((1, 8, 16, 24), 8),
+        ((2, 3, 16, 32), 16),
+        ((2, 5, 16, 16), 16),
+        ((2, 1, 34, 30), 1),
+        ((2, 0, 4, 4), 2),
+        ((2, 3, 0, 4), 2),
+    ],
+    ids=str,
+)
 
 
-def patch(x: Tensor, p: int) -> Tensor:
-    return ops.patchify(x, p)
-
-
-@both_ways
+@every_way
 @each_dtype
 @each_size
 def test_forward_and_backward_move_bits(
     dtype: torch.dtype, shape: tuple[int, ...], patch_size: int
 ) -> None:
+    assert_moves_bits(dtype, shape, patch_size)
+
+
+@kernels_only
+@each_dtype
+@each_kernel_size
+def test_kernel_sizes(dtype: torch.dtype, shape: tuple[int, ...], patch_size: int) -> None:
+    assert_moves_bits(dtype, shape, patch_size)
+
+
+def assert_moves_bits(dtype: torch.dtype, shape: tuple[int, ...], patch_size: int) -> None:
     x = draw(*shape, dtype=dtype).requires_grad_()
     tokens = ops.patchify(x, patch_size)
+    weight = torch.randn(tokens.shape).to(dtype)
+    (dx,) = torch.autograd.grad(tokens, x, weight)
+    assert (tokens.dtype, dx.dtype) == (dtype, dtype)
+    if not x.numel():
+        assert (len(tokens), tokens.numel(), dx.shape) == (len(x), 0, x.shape)
+        return
     # What unfold gives is what a convolution multiplies with its weight: channel, row, column.
     unfolded = F.unfold(x.detach().double(), patch_size, stride=patch_size).mT.to(dtype)
     assert_same_bits("tokens", tokens, unfolded)
-    weight = torch.randn(tokens.shape).to(dtype)
-    (dx,) = torch.autograd.grad(tokens, x, weight)
     folded = F.fold(weight.double().mT, shape[2:], patch_size, stride=patch_size).to(dtype)
     assert_same_bits("gradient", dx, folded)
 
@@ -62,18 +105,26 @@ def test_gradcheck() -> None:
     assert_gradcheck(lambda x: ops.patchify(x, 2), {"x": draw(2, 3, 4, 6)})
 
 
-@both_ways
+@every_way
 def test_layouts() -> None:
     x = draw(2, 3, 4, 6)
     assert_layouts_do_not_matter(lambda x: ops.patchify(x, 2), {"x": x}, summed={})
-    channels_last = x.to(memory_format=torch.channels_last)
-    assert_same_bits("channels last", ops.patchify(channels_last, 2), ops.patchify(x, 2))
+    variants = {
+        "channels last": x.to(memory_format=torch.channels_last),
+        "one sample": x[:1].expand(3, -1, -1, -1),
+        "one channel": x[:, :1].expand(-1, 3, -1, -1),
+        "one row": x[:, :, :1].expand(-1, -1, 4, -1),
+        "cropped": draw(2, 3, 9, 9)[:, :, 2:6, 1:7],
+    }
+    for name, variant in variants.items():
+        assert_same_bits(name, ops.patchify(variant, 2), ops.patchify(variant.contiguous(), 2))
 
 
-@both_ways
+@every_way
 def test_rows_and_memory() -> None:
     x = draw(3, 2, 4, 4)
     assert_row_local("x", lambda x: ops.patchify(x, 2), x, 1)
+    assert_row_local("dtokens", lambda tokens: BACKWARD(tokens, 2, 2, 2, 2), draw(3, 4, 8), 1)
     guard = Guarded(x)
     with poisoned_memory():
         tokens = ops.patchify(guard.tensor.requires_grad_(), 2)
@@ -81,6 +132,23 @@ def test_rows_and_memory() -> None:
     guard.check("x")
     assert_same_bits("tokens", tokens, reference.patchify(x, 2))
     assert_same_bits("gradient", guard.tensor.grad, torch.ones_like(x))
+
+
+@kernels_only
+def test_nothing_is_written_outside_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, guards = torch.empty, []
+
+    def guarded(*arguments: Any, **options: Any) -> Tensor:
+        guards.append(Guarded(empty(*arguments, **options)))
+        return guards[-1].tensor
+
+    x, tokens = draw(2, 3, 6, 10), draw(2, 15, 12)
+    monkeypatch.setattr(torch, "empty", guarded)
+    OPERATOR(x, 2)
+    BACKWARD(tokens, 2, 3, 3, 5)
+    assert len(guards) == 2
+    for guard in guards:
+        guard.check("result")
 
 
 @pytest.mark.parametrize(

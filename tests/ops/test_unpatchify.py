@@ -10,13 +10,20 @@ from torch import Tensor
 from fastdit import ops
 from fastdit.testing import Guarded, assert_row_local, assert_same_bits, poisoned_memory
 
-from .helpers import assert_gradcheck, assert_layouts_do_not_matter, draw, each_dtype
+from .helpers import (
+    assert_gradcheck,
+    assert_layouts_do_not_matter,
+    both_ways,
+    draw,
+    each_dtype,
+    every_way,
+    kernels_only,
+)
 
 MODULE = importlib.import_module("fastdit.ops.unpatchify")
 OPERATOR = torch.ops.fastdit.unpatchify.default
 BACKWARD = torch.ops.fastdit.unpatchify_backward.default
 
-both_ways = pytest.mark.usefixtures("way")
 each_size = pytest.mark.parametrize(
     ("n", "patch_size", "channels", "grid"),
     [
@@ -27,6 +34,31 @@ each_size = pytest.mark.parametrize(
         (2, 2, 4, (1, 1)),
         (0, 2, 4, (2, 2)),
     ],
+)
+# For the kernel: all batches and patches, grids of one row and one column, more pixels than a tile has, and channels on
+# both sides of a power of two.
+each_kernel_size = pytest.mark.parametrize(
+    ("n", "patch_size", "channels", "grid"),
+    [
+        (1, 1, 1, (1, 1)),
+        (2, 1, 3, (5, 7)),
+        (3, 1, 32, (6, 9)),
+        (5, 2, 8, (1, 5)),
+        (2, 2, 8, (9, 3)),
+        (3, 2, 17, (3, 1)),
+        (2, 3, 5, (3, 2)),
+        (1, 4, 7, (1, 3)),
+        (2, 4, 32, (2, 5)),
+        (2, 5, 3, (2, 1)),
+        (3, 7, 2, (1, 3)),
+        (1, 8, 8, (2, 5)),
+        (2, 16, 6, (1, 2)),
+        (2, 16, 9, (1, 1)),
+        (2, 2, 0, (2, 2)),
+        (2, 2, 3, (0, 2)),
+        (2, 2, 3, (2, 0)),
+    ],
+    ids=str,
 )
 
 
@@ -42,10 +74,25 @@ def move(tokens: Tensor, p: int, c: int, grid: tuple[int, int]) -> Tensor:
     return out
 
 
-@both_ways
+@every_way
 @each_dtype
 @each_size
 def test_forward_and_backward_move_bits(
+    dtype: torch.dtype, n: int, patch_size: int, channels: int, grid: tuple[int, int]
+) -> None:
+    assert_moves_bits(dtype, n, patch_size, channels, grid)
+
+
+@kernels_only
+@each_dtype
+@each_kernel_size
+def test_kernel_sizes(
+    dtype: torch.dtype, n: int, patch_size: int, channels: int, grid: tuple[int, int]
+) -> None:
+    assert_moves_bits(dtype, n, patch_size, channels, grid)
+
+
+def assert_moves_bits(
     dtype: torch.dtype, n: int, patch_size: int, channels: int, grid: tuple[int, int]
 ) -> None:
     tokens = draw(n, grid[0] * grid[1], patch_size**2 * channels, dtype=dtype).requires_grad_()
@@ -56,6 +103,7 @@ def test_forward_and_backward_move_bits(
     arriving = move(weight, patch_size, channels, grid)
     (gradient,) = torch.autograd.grad(images, tokens, arriving)
     assert_same_bits("gradient", gradient, weight)
+    assert (images.dtype, gradient.dtype) == (dtype, dtype)
 
 
 @both_ways
@@ -74,17 +122,41 @@ def test_gradcheck() -> None:
     )
 
 
-@both_ways
+@every_way
 def test_layouts() -> None:
+    tokens = draw(2, 6, 12)
     assert_layouts_do_not_matter(
-        lambda tokens: ops.unpatchify(tokens, 2, 3, (2, 3)), {"tokens": draw(2, 6, 12)}, summed={}
+        lambda tokens: ops.unpatchify(tokens, 2, 3, (2, 3)), {"tokens": tokens}, summed={}
     )
+    for name, variant in {
+        "one sample": tokens[:1].expand(3, -1, -1),
+        "one token": tokens[:, :1].expand(-1, 6, -1),
+        "one feature": tokens[:, :, :1].expand(-1, -1, 12),
+    }.items():
+        expected = ops.unpatchify(variant.contiguous(), 2, 3, (2, 3))
+        assert_same_bits(name, ops.unpatchify(variant, 2, 3, (2, 3)), expected)
 
 
-@both_ways
+@every_way
+def test_layouts_of_the_gradient() -> None:
+    dimages = draw(2, 3, 4, 6)
+    for name, variant in {
+        "channels last": dimages.to(memory_format=torch.channels_last),
+        "one channel": dimages[:, :1].expand(-1, 3, -1, -1),
+        "one row": dimages[:, :, :1].expand(-1, -1, 4, -1),
+        "cropped": draw(2, 3, 9, 9)[:, :, 2:6, 1:7],
+    }.items():
+        tokens = draw(2, 6, 12).requires_grad_()
+        (gradient,) = torch.autograd.grad(ops.unpatchify(tokens, 2, 3, (2, 3)), tokens, variant)
+        assert_same_bits(name, gradient, BACKWARD(variant.contiguous(), 2))
+        assert_same_bits(name, move(gradient, 2, 3, (2, 3)), variant)
+
+
+@every_way
 def test_rows_and_memory() -> None:
     tokens = draw(3, 4, 8)
     assert_row_local("tokens", lambda z: ops.unpatchify(z, 2, 2, (2, 2)), tokens, 1)
+    assert_row_local("dimages", lambda images: BACKWARD(images, 2), draw(3, 2, 4, 4), 1)
     guard = Guarded(tokens)
     with poisoned_memory():
         images = ops.unpatchify(guard.tensor.requires_grad_(), 2, 2, (2, 2))
@@ -92,6 +164,23 @@ def test_rows_and_memory() -> None:
     guard.check("tokens")
     assert_same_bits("images", images, move(tokens, 2, 2, (2, 2)))
     assert_same_bits("gradient", guard.tensor.grad, torch.ones_like(tokens))
+
+
+@kernels_only
+def test_nothing_is_written_outside_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, guards = torch.empty, []
+
+    def guarded(*arguments: Any, **options: Any) -> Tensor:
+        guards.append(Guarded(empty(*arguments, **options)))
+        return guards[-1].tensor
+
+    tokens, images = draw(2, 15, 12), draw(2, 3, 6, 10)
+    monkeypatch.setattr(torch, "empty", guarded)
+    OPERATOR(tokens, 2, 3, 3, 5)
+    BACKWARD(images, 2)
+    assert len(guards) == 2
+    for guard in guards:
+        guard.check("result")
 
 
 @pytest.mark.parametrize(
