@@ -151,25 +151,6 @@ def assert_row_local(name: str, function: Callable[[Tensor], Tensor], x: Tensor,
             raise AssertionError(f"{name}: {value} in sample {row} vanished")
 
 
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """N7: `torch.empty`, `empty_like`, `new_empty` give NaN instead of whatever was there."""
-
-    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_poisoned(*args: object, **kwargs: object) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-        return allocate_poisoned
-
-    with (
-        mock.patch.object(torch, "empty", poisoning(torch.empty)),
-        mock.patch.object(torch, "empty_like", poisoning(torch.empty_like)),
-        mock.patch.object(Tensor, "new_empty", poisoning(Tensor.new_empty)),
-    ):
-        yield
-
-
 class Guarded:
     """N7: a copy of a tensor with 256 NaN before and after it in memory; `check` raises if one was written."""
 
@@ -188,6 +169,36 @@ class Guarded:
             raise AssertionError(
                 f"{name}: {int((~guards.isnan()).sum())} values were written outside of the tensor"
             )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """N7: what `torch.empty`, `empty_like` and `new_empty` give holds NaN instead of whatever was there.
+
+    It lies between guards, too: writing past its ends raises AssertionError at the end of the block.
+    """
+    guards: list[Guarded] = []
+
+    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_poisoned(*args: object, **kwargs: object) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+                return tensor
+            if not tensor.is_contiguous():
+                return tensor.fill_(math.nan)
+            guards.append(Guarded(tensor.fill_(math.nan)))
+            return guards[-1].tensor
+
+        return allocate_poisoned
+
+    with (
+        mock.patch.object(torch, "empty", poisoning(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoning(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poisoning(Tensor.new_empty)),
+    ):
+        yield
+    for i, guard in enumerate(guards):
+        guard.check(f"allocation {i}")
 
 
 def assert_model_close(name: str, out: Tensor, exact: Tensor, plain: Tensor) -> None:

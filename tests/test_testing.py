@@ -209,6 +209,17 @@ def test_uninitialised_read_fails() -> None:
     assert torch.empty.__module__ != "fastdit.testing"  # everything is as it was
 
 
+@pytest.mark.parametrize("offset", [-1, 12])
+def test_write_outside_of_an_allocation_fails(offset: int) -> None:
+    def careless() -> None:
+        with testing.poisoned_memory():
+            out = torch.empty(4, 3).copy_(torch.ones(4, 3))
+            out.as_strided((1,), (1,), out.storage_offset() + offset).fill_(0)
+
+    with pytest.raises(AssertionError, match="allocation 0: 1 values were written outside"):
+        careless()
+
+
 @pytest.mark.parametrize("offset", [-1, 4 * 3, -256, 4 * 3 + 255])
 def test_write_out_of_bounds_fails(offset: int) -> None:
     x = torch.randn(4, 3)

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastdit import ops, reference
 from fastdit.testing import (
@@ -219,27 +217,11 @@ def test_memory(size: tuple[int, int, int]) -> None:
 
 
 @kernels_only
-def test_nothing_is_written_outside_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_outside_of_the_results() -> None:
     inputs = make((2, 19, 7), "(N, D)")
-    guards: list[Guarded] = []
-
-    def guarding(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_guarded(*arguments: Any, **options: Any) -> Tensor:
-            tensor = allocate(*arguments, **options)
-            if not tensor.numel():  # the interpreter makes some of its own
-                return tensor
-            guards.append(Guarded(tensor))
-            return guards[-1].tensor
-
-        return allocate_guarded
-
-    monkeypatch.setattr(torch, "empty", guarding(torch.empty))
-    monkeypatch.setattr(Tensor, "new_empty", guarding(Tensor.new_empty))
-    OPERATOR(**inputs)
-    BACKWARD(inputs["x"], inputs["branch"], inputs["gate"])
-    assert len(guards) == 4  # x_new, dbranch, the sums of the slices, dgate
-    for i, guard in enumerate(guards):
-        guard.check(f"result {i}")
+    with poisoned_memory():
+        OPERATOR(**inputs)
+        BACKWARD(inputs["x"], inputs["branch"], inputs["gate"])
 
 
 @kernels_only
