@@ -1,0 +1,243 @@
+"""What holds for every kernel: the operator's contract, and on a GPU repeats, capture, streams and long tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdit
+from fastdit import ops
+from fastdit.ops.operation import Operation
+from fastdit.testing import assert_same_bits, layouts
+
+from .helpers import draw
+from .test_operation import CASES, module_of, run
+
+each_operation = pytest.mark.parametrize("name", CASES)
+INTERPRETER = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU"),
+    id="interpreter",
+)
+each_device = pytest.mark.parametrize(
+    "device", [INTERPRETER, pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    with fastdit.use_backend("triton"):
+        yield
+
+
+def _transposed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: layouts(value)["transposed"] for name, value in inputs.items()}
+
+
+def _mixed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A float32 stream beside what is computed in bfloat16; one dtype where there is only one tensor."""
+    if "w1" in inputs:
+        return {name: value.bfloat16() for name, value in inputs.items()}
+    return {name: v if name == "x" else v.bfloat16() for name, v in inputs.items()}
+
+
+VARIANTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "plain": lambda inputs: inputs,
+    "transposed": _transposed,
+    "mixed": _mixed,
+}
+
+
+@each_device
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "plain",
+        "mixed",
+        "batch 0",
+        pytest.param("transposed", marks=pytest.mark.slow),
+        pytest.param("batch 3", marks=pytest.mark.slow),
+    ],
+)
+@each_operation
+def test_opcheck(name: str, variant: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake and autograd registration of what the kernels really return, with and without gradients."""
+    function, make = CASES[name]
+    n = {"batch 0": 0, "batch 3": 3}.get(variant, 2)
+    inputs = {key: value.to(device) for key, value in make(n).items()}
+    inputs = VARIANTS.get(variant, VARIANTS["plain"])(inputs)
+    seen: list[tuple[Operation, tuple[Any, ...]]] = []
+    module = module_of(name)
+    for kind in ("FORWARD", "INFERENCE", "BACKWARD"):
+        if hasattr(module, kind):
+            operation = getattr(module, kind)
+            kernel = operation.implementations["triton"]
+            monkeypatch.setitem(
+                operation.implementations,
+                "triton",
+                lambda *a, o=operation, k=kernel: (seen.append((o, a)), k(*a))[1],
+            )
+    run(function, inputs)
+    with torch.no_grad():
+        function(**inputs)
+    recorded = {operation.name: arguments for operation, arguments in seen}
+    assert {name, f"{name}_backward"} <= set(recorded)
+    for operator, arguments in recorded.items():
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(getattr(torch.ops.fastdit, operator).default, detached)
+
+
+@gpu
+@pytest.mark.parametrize("d", [72, 1152])
+@pytest.mark.parametrize("name", ["layer_norm_modulate", "gated_residual_layer_norm_modulate"])
+def test_a_thousand_repeats_are_the_same_bits(name: str, d: int) -> None:
+    with torch.device("cuda"):
+        vectors = {key: draw(60, d).bfloat16() for key in ("shift", "scale")}
+        inputs = {"x": draw(60, 64, d), **vectors}
+        if "gated" in name:
+            inputs |= {"branch": draw(60, 64, d).bfloat16(), "gate": draw(60, d).bfloat16()}
+            inputs |= {"bias": draw(d).bfloat16()}
+    _assert_repeats(getattr(ops, name), inputs)
+
+
+@gpu
+def test_a_thousand_repeats_of_the_perceptron() -> None:
+    with torch.device("cuda"):
+        shapes = {"x": (6, 64, 72), "w1": (288, 72), "b1": (288,), "w2": (72, 288), "b2": (72,)}
+        inputs = {key: draw(*shape).bfloat16() for key, shape in shapes.items()}
+    _assert_repeats(ops.mlp_gelu, inputs)
+
+
+def _assert_repeats(function: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
+    expected = run(function, inputs)
+    for _ in range(1000):
+        for found, wanted in zip(run(function, inputs), expected, strict=True):
+            assert_same_bits("repeat", found, wanted)
+
+
+@gpu
+@each_operation
+def test_captured_and_replayed(name: str) -> None:
+    """Forward and backward in a CUDA graph, replayed on other values: what eager gives for them, to the bit."""
+    function, make = CASES[name]
+    inputs = {key: value.cuda() for key, value in make(2).items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(function, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(function, inputs)
+    for value in inputs.values():
+        value.mul_(0.5)
+    graph.replay()
+    replayed = [result.clone() for result in captured]
+    for found, wanted in zip(replayed, run(function, inputs), strict=True):
+        assert_same_bits("replayed", found, wanted)
+
+
+@gpu
+@each_operation
+def test_on_the_current_stream(name: str) -> None:
+    """Behind a slow producer on the same stream: a launch on another one would read what was there before."""
+    function, make = CASES[name]
+    values = {key: value.cuda() for key, value in make(2).items()}
+    expected = run(function, values)
+    inputs = {key: torch.zeros_like(value) for key, value in values.items()}
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for key, value in values.items():
+            inputs[key].copy_(value)
+        found = run(function, inputs)
+    stream.synchronize()
+    for out, wanted in zip(found, expected, strict=True):
+        assert_same_bits("output", out, wanted)
+
+
+# More than 2^31 elements: the last sample is what it is alone.
+LONG = 2**31 + 2**20
+
+
+def _long(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+
+
+@gpu
+def test_long_seam() -> None:
+    t, d = 1024, 8192
+    n = -(-LONG // (t * d))
+    with torch.device("cuda"):
+        gate, shift, scale = (draw(n, d).bfloat16() for _ in range(3))
+    inputs = {"x": _long(n, t, d), "branch": _long(n, t, d)}
+    inputs |= {"gate": gate, "shift": shift, "scale": scale}
+    _assert_last_sample(ops.gated_residual_layer_norm_modulate, inputs)
+
+
+@gpu
+def test_long_norm() -> None:
+    t, d = 1024, 8192
+    n = -(-LONG // (t * d))
+    with torch.device("cuda"):
+        shift, scale = (draw(n, d).bfloat16() for _ in range(2))
+    inputs = {"x": _long(n, t, d), "shift": shift, "scale": scale}
+    _assert_last_sample(ops.layer_norm_modulate, inputs)
+
+
+@gpu
+def test_long_gated_residual() -> None:
+    t, d = 1024, 8192
+    n = -(-LONG // (t * d))
+    with torch.device("cuda"):
+        gate = draw(n, d).bfloat16()
+    inputs = {"x": _long(n, t, d), "branch": _long(n, t, d), "gate": gate}
+    _assert_last_sample(ops.gated_residual, inputs)
+
+
+@gpu
+def test_long_patches() -> None:
+    n = -(-LONG // (4 * 256 * 256))
+    _assert_last_sample(lambda x: ops.patchify(x, 2), {"x": _long(n, 4, 256, 256)})
+    tokens = _long(n, 128 * 128, 16)
+    _assert_last_sample(lambda tokens: ops.unpatchify(tokens, 2, 4, (128, 128)), {"tokens": tokens})
+
+
+def _assert_last_sample(function: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
+    """Of the outputs and of all gradients, which arrive as an expanded one."""
+    assert next(iter(inputs.values())).numel() > 2**31
+
+    def results(given: dict[str, Tensor]) -> list[Tensor]:
+        leaves = {key: value.detach().requires_grad_() for key, value in given.items()}
+        out = function(**leaves)
+        outputs = out if isinstance(out, tuple) else (out,)
+        arriving = [torch.ones((), dtype=o.dtype, device=o.device).expand(o.shape) for o in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), arriving)
+        return [result[-1:].clone() for result in (*outputs, *gradients)]
+
+    whole = results(inputs)
+    alone = results({key: value[-1:] for key, value in inputs.items()})
+    for found, wanted in zip(whole, alone, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1.6e-2, atol=1e-2)
+        assert found.isfinite().all()
+
+
+@gpu
+def test_long_gelu() -> None:
+    from fastdit.kernels.mlp_gelu import gelu_backward_
+
+    f = 4608
+    rows = -(-LONG // f)
+    gradient, pre_activation = _long(rows, f), _long(rows, f)
+    last = gradient[-64:].clone(), pre_activation[-64:].clone()
+    activation, _ = gelu_backward_(gradient, pre_activation)
+    alone, _ = gelu_backward_(*last)
+    assert_same_bits("activation", activation[-64:], alone)
+    assert_same_bits("gradient", gradient[-64:], last[0])
