@@ -24,8 +24,8 @@ from .validation import require_choice
 BACKENDS = ("reference", "native", "triton")
 CHOICES = ("auto", *BACKENDS)
 
-# Which packages can be imported does not change while a process runs; looking is slow.
-_found: dict[str, bool] = {}
+# What can be imported does not change while a process runs; and a compiler cannot trace the look.
+_FOUND = {name: importlib.util.find_spec(name) is not None for name in ("triton", "fastdit._C")}
 
 _active = os.environ.get("FASTDIT_BACKEND", "auto")
 require_choice("FASTDIT_BACKEND", _active, CHOICES)
@@ -68,23 +68,17 @@ def reasons_not_usable(backend: str, device_type: str | None = None) -> list[str
     """Why `backend` cannot run on this machine (or on this type of device); empty if it can."""
     require_choice("backend", backend, BACKENDS)
     reasons = []
-    if backend == "native" and not _is_installed("fastdit._C"):
+    if backend == "native" and not _FOUND["fastdit._C"]:
         reasons.append("the compiled extension fastdit._C is not built")
     if backend == "triton":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if not _is_installed("triton"):
+        if not _FOUND["triton"]:
             reasons.append("the package triton is not installed")
         if not torch.cuda.is_available() and not interpreted:
             reasons.append("there is no CUDA device, and TRITON_INTERPRET=1 is not set")
         elif device_type is not None and device_type != "cuda" and not interpreted:
             reasons.append(f"it runs on cuda, not on {device_type}")
     return reasons
-
-
-def _is_installed(package: str) -> bool:
-    if package not in _found:
-        _found[package] = importlib.util.find_spec(package) is not None
-    return _found[package]
 
 
 def choose_device(name: str) -> torch.device:

@@ -55,9 +55,14 @@ def require_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"{found}: all must be on one device")
 
 
+# Asked once, because not every compiler can trace the question.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
+_WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this type of device (`meta` and others have none)."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _WITH_AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 class validate:
