@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import interpreter
+from tests.counts import GPU_TESTS
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
@@ -31,7 +32,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.correct()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# First, before `-m` takes any away.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[GPU_TESTS] = sum("gpu" in item.keywords for item in items)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -3,6 +3,7 @@
 The names are imported here eagerly: an operation and its module share a name, and a lazy one would be shadowed.
 """
 
+from .adamw_ema import adamw_ema_
 from .attention import attention
 from .diffusion_step import ddim_step, ddpm_step
 from .gated_residual import gated_residual
@@ -19,6 +20,7 @@ from .recomputed import (
 from .unpatchify import unpatchify
 
 __all__ = [
+    "adamw_ema_",
     "attention",
     "ddim_step",
     "ddpm_step",

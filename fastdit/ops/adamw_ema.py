@@ -146,11 +146,10 @@ def adamw_ema_(
     for i, decay in enumerate(ema_decays):
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_decays[{i}]={decay!r}: must be in [0, 1]")
-    _require_scalar("step", step, (torch.float32, torch.int64))
+    _require_scalar("step", step, (torch.float32, torch.int64), None)
     device = step.device
     if found_inf is not None:
-        _require_scalar("found_inf", found_inf, None)
-        _require_device("found_inf", found_inf, device)
+        _require_scalar("found_inf", found_inf, None, device)
     lr = _scalar("lr", lr, device)
     clip = None if clip is None else _scalar("clip", clip, device)
 
@@ -217,33 +216,38 @@ def _require_options(
     return beta1, beta2
 
 
-def _require_scalar(name: str, value: Any, dtypes: Sequence[torch.dtype] | None) -> None:
-    """Raises unless `value` is a plain tensor of one element and of one of these dtypes (None for any)."""
+def _require_scalar(
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype] | None,
+    device: torch.device | None,
+) -> None:
+    """Raises unless `value` is a plain tensor of one element, of one of these dtypes, on this device (None: any)."""
     if not isinstance(value, Tensor) or hasattr(value, "__tensor_flatten__"):
         raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__}")
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_or(dtypes)}, got {value.dtype}")
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise _another_device(name, value, device)
 
 
 def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     """`value` as a tensor on the device. In float64, for a number shall stay the number that it is."""
     if isinstance(value, Tensor):
         require_floating(name, value)
-        _require_scalar(name, value, None)
-        _require_device(name, value, device)
+        _require_scalar(name, value, None, device)
         return value
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}={value!r}: must be finite and not negative")
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def _require_device(name: str, value: Tensor, device: torch.device) -> None:
-    if value.device != device:
-        raise ValueError(
-            f"{name} is on {value.device}, step is on {device}: all must be on one device"
-        )
+def _another_device(name: str, value: Tensor, device: torch.device) -> ValueError:
+    return ValueError(
+        f"{name} is on {value.device}, step is on {device}: all must be on one device"
+    )
 
 
 def _local(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
@@ -299,7 +303,8 @@ def _require_weights(params: list[Tensor], device: torch.device) -> None:
             )
         if p.dtype is not params[0].dtype:
             raise TypeError(f"params[{i}]: expected {params[0].dtype} as params[0], got {p.dtype}")
-        _require_device(f"params[{i}]", p, device)
+        if p.device != device:
+            raise _another_device(f"params[{i}]", p, device)
         # `empty_like` keeps the strides of what is dense, and of nothing else.
         if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
             raise ValueError(
@@ -328,7 +333,8 @@ def _require_like(
             raise ValueError(
                 f"{name}[{i}]: expected shape {tuple(p.shape)} as params[{i}], got {tuple(t.shape)}"
             )
-        _require_device(f"{name}[{i}]", t, p.device)
+        if t.device != p.device:
+            raise _another_device(f"{name}[{i}]", t, p.device)
         if strides and t.stride() != p.stride() and not (t.is_contiguous() and p.is_contiguous()):
             raise ValueError(
                 f"{name}[{i}]: expected strides {p.stride()} as params[{i}], got {t.stride()}"

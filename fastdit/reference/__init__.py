@@ -1,5 +1,6 @@
 """The specification: every operation and the whole DiT in plain torch. It imports nothing else of fastdit."""
 
+from .adamw_ema import adamw_ema_
 from .diffusion_step import ddim_step, ddpm_step
 from .dit import DiT, sincos_position_embedding
 from .operations import (
@@ -14,6 +15,7 @@ from .operations import (
 
 __all__ = [
     "DiT",
+    "adamw_ema_",
     "attention",
     "ddim_step",
     "ddpm_step",
