@@ -294,6 +294,7 @@ def test_kept_activations(device: str) -> None:
 
 _TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tests import interpreter
 interpreter.correct()
@@ -310,6 +311,15 @@ part = slice(2 * rank, 2 * rank + 2)
 wrapped = DistributedDataParallel(model)
 wrapped(x[part], t[part], y[part]).square().mean().backward()
 torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, f"{folder}/{rank}.pt")
+
+sharded = small("cpu", depth=2)
+mesh = dist.init_device_mesh("cpu", (2,))
+for block in sharded.blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+sharded(x[part], t[part], y[part]).square().mean().backward()
+gradients = {name: p.grad.full_tensor() for name, p in sharded.named_parameters() if p.grad is not None}
+torch.save(gradients, f"{folder}/sharded-{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -317,7 +327,7 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 def test_two_processes(tmp_path: Path) -> None:
-    """DDP's gradients are those of the whole batch in one process."""
+    """DDP's gradients are those of the whole batch in one process, and FSDP2's too, whose weights come and go."""
     root = Path(fastdit.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
     ranks = [
@@ -332,13 +342,14 @@ def test_two_processes(tmp_path: Path) -> None:
     for process in ranks:
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 0, errors
-    model = small("cpu", depth=1)
-    model(*inputs(model, "cpu", n=4)).square().mean().backward()
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(found[0][name], parameter.grad, rtol=1e-5, atol=1e-6)
-            assert torch.equal(found[0][name], found[1][name]), name
+    for kind, depth in (("", 1), ("sharded-", 2)):
+        model = small("cpu", depth=depth)
+        model(*inputs(model, "cpu", n=4)).square().mean().backward()
+        found = [torch.load(tmp_path / f"{kind}{rank}.pt", weights_only=True) for rank in range(2)]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(found[0][name], parameter.grad, rtol=1e-5, atol=1e-6)
+                assert torch.equal(found[0][name], found[1][name]), name
 
 
 @pytest.mark.gpu
