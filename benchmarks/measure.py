@@ -10,9 +10,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +22,20 @@ from torch.autograd import DeviceType
 
 from benchmarks.results import Row
 
+try:
+    from triton.errors import TritonError
+except ModuleNotFoundError:  # triton has wheels for Linux only
+    TritonError = RuntimeError
+
 # Rounding of bf16 operands gives errors up to 1e-2; a wrong scale, layout or formula 1e-1 and more.
 LARGEST_ERROR = 5e-2
-# What torch raises for what a device or a build cannot do. Running out of memory, and a compilation
-# that fails, are RuntimeErrors.
-FAILURES = (RuntimeError, NotImplementedError, ValueError)
+# What torch and triton raise for what a device or a build cannot do. Running out of memory, and a
+# compilation that fails, are RuntimeErrors.
+FAILURES = (RuntimeError, NotImplementedError, ValueError, TritonError)
+
+
+class OutOfTime(RuntimeError):
+    """A candidate was not measured, because the time for all of them was over."""
 
 
 class Prepared(NamedTuple):
@@ -45,6 +55,12 @@ class Candidate:
     bytes: int | None = None
     flops: int | None = None
     repeats: int = 1  # how often one call of `run` does the work
+
+
+class Watch(Protocol):
+    """Gives the seconds of one sample."""
+
+    def sample(self) -> float: ...
 
 
 class Stopwatch:
@@ -102,6 +118,15 @@ class Stopwatch:
             self.next_set += 1
 
 
+class Measured(NamedTuple):
+    """By provider: how it runs and the seconds of its samples, or why it was not measured."""
+
+    runs: dict[str, Callable[[int], Any]]
+    samples: dict[str, list[float]]
+    reasons: dict[str, str]
+    excused: set[str]  # those whose reason is a lack of memory or time, and no fault of theirs
+
+
 class Bench:
     """Measures on one device: `rounds` samples of every candidate, nothing new after `time_limit` s."""
 
@@ -118,9 +143,9 @@ class Bench:
         """For so many sets of `size` bytes each that a set has left the L2 cache when it is used again."""
         return range(min(64, max(2, math.ceil(4 * self.cache / size))))
 
-    def normal(self, *shape: int) -> Tensor:
-        """Random bf16 data: products of zeros take less power and time than real ones."""
-        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
+    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Random data: products of zeros take less power and time than real ones."""
+        return torch.randn(*shape, device=self.device, dtype=dtype)
 
     def compare(
         self,
@@ -134,16 +159,7 @@ class Bench:
 
         A candidate that cannot run, or whose result is wrong, is a row with a reason and no value.
         """
-        runs: dict[str, Callable[[int], Any]] = {}
-        watches: dict[str, Stopwatch] = {}
-        reasons: dict[str, str] = {}
-        for candidate in candidates:
-            try:
-                runs[candidate.provider] = self._checked(candidate)
-                watches[candidate.provider] = Stopwatch(runs[candidate.provider], self.device)
-            except FAILURES as failure:
-                reasons[candidate.provider] = one_line(failure)
-        samples = in_turns(watches, self.rounds)
+        runs, samples, reasons, _ = self.measure(candidates)
         rows = []
         for candidate in candidates:
             name, first = candidate.provider, candidates[0].provider
@@ -156,15 +172,41 @@ class Bench:
                 row = timed(row, [seconds / candidate.repeats for seconds in samples[name]])
                 row = replace(row, kernels=kernels)
             if name in samples and first in samples and name != first:
-                pairs = zip(samples[first], samples[name], strict=True)
-                row = replace(row, baseline=first, ratio=statistics.median(a / b for a, b in pairs))
+                ratio = times_faster(samples[name], samples[first])
+                row = replace(row, baseline=first, ratio=ratio)
             rows.append(row)
         say(f"  {case} {shape}: {', '.join(map(result, rows))}")
         return rows
 
+    def measure(
+        self,
+        candidates: Sequence[Candidate],
+        failures: tuple[type[Exception], ...] = FAILURES,
+    ) -> Measured:
+        """Samples of every candidate that runs and gives the right result, taken in turns.
+
+        `failures` are what may keep one from running; whatever else it raises ends them all.
+        """
+        measured = Measured({}, {}, {}, set())
+        watches: dict[str, Watch] = {}
+        for candidate in candidates:
+            name = candidate.provider
+            try:
+                run = self._checked(candidate)
+                watches[name] = Stopwatch(run, self.device)
+                measured.runs[name] = run
+            except failures as failure:
+                if not isinstance(failure, FAILURES):
+                    traceback.print_exception(failure)
+                measured.reasons[name] = one_line(failure)
+                if isinstance(failure, (torch.OutOfMemoryError, OutOfTime)):
+                    measured.excused.add(name)
+        measured.samples.update(in_turns(watches, self.rounds))
+        return measured
+
     def _checked(self, candidate: Candidate) -> Callable[[int], Any]:
         if time.monotonic() > self.deadline:
-            raise RuntimeError(f"the time limit of {self.time_limit:g} s was reached")
+            raise OutOfTime(f"the time limit of {self.time_limit:g} s was reached")
         run, error = candidate.prepare()
         if not (found := error()) <= LARGEST_ERROR:  # NaN, too, is wrong
             allowed = f"allowed is {LARGEST_ERROR:.0e}"
@@ -172,13 +214,18 @@ class Bench:
         return run
 
 
-def in_turns(watches: dict[str, Stopwatch], rounds: int) -> dict[str, list[float]]:
+def in_turns(watches: Mapping[str, Watch], rounds: int) -> dict[str, list[float]]:
     """`rounds` samples of each, A B B A A B ...: a drift of the clock rate meets all of them alike."""
     samples: dict[str, list[float]] = {name: [] for name in watches}
     for turn in range(rounds):
         for name in list(watches)[:: 1 if turn % 2 == 0 else -1]:
             samples[name].append(watches[name].sample())
     return samples
+
+
+def times_faster(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    """How many times faster than the baseline: the median over the turns, which one slow turn does not move."""
+    return statistics.median(b / s for s, b in zip(seconds, baseline, strict=True))
 
 
 def timed(row: Row, seconds: Sequence[float]) -> Row:

@@ -23,7 +23,16 @@ import numpy as np
 import torch
 
 SCHEMA = 1
-UNITS = {"bandwidth": "GB/s", "rate": "TFLOP/s", "time": "us"}
+UNITS = {
+    "bandwidth": "GB/s",
+    "rate": "TFLOP/s",
+    "time": "us",
+    "cold_start": "s",  # of a first call, in which something is compiled
+    "last_batch": "s",  # of the first call with a smaller batch
+    "graphs": "graphs",  # compiled in the first call
+    "recompiles": "graphs",  # compiled in the first call with a smaller batch
+    "memory": "GB",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import json
 import operator
@@ -24,6 +25,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ._version import __version__
 from .backend import active_backend, choose_device, describe
@@ -96,6 +98,11 @@ class InfoConfig:
 
     json: bool = False
     """Print JSON instead of text."""
+    kernels: bool = False
+    """Also compile every kernel, as it would run, and show what it takes of the device; minutes, where it is not
+    cached. Needs no GPU."""
+    capability: tuple[int, ...] = ()
+    """Compute capabilities for --kernels, 90 for sm_90. Default: those of the GPUs here or, without one, 80 and 90."""
 
 
 @dataclass
@@ -242,7 +249,11 @@ def _label(name: str, classes: Sequence[str]) -> int:
 
 
 def run_info(config: InfoConfig) -> None:
+    if config.capability and not config.kernels:
+        raise ValueError(f"capability={config.capability}: is for --kernels, which is not given")
     found = information()
+    if config.kernels:
+        found["kernels"] = kernel_information(config.capability)
     print(json.dumps(found, indent=2) if config.json else as_text(found))
 
 
@@ -284,6 +295,32 @@ def information() -> dict[str, Any]:
     }
 
 
+def kernel_information(capabilities: Sequence[int]) -> dict[str, Any]:
+    """`compiled`, what every kernel takes of devices of these compute capabilities, or `reason`, why it is not known.
+
+    None given: those of the GPUs here or, without one, 80 and 90. Raises ValueError for one that is not known.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return {"reason": "TRITON_INTERPRET=1 has the kernels interpreted", "compiled": []}
+    try:
+        shipped = importlib.import_module("fastdit.kernels.shipped")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return {"reason": "the package triton is not installed", "compiled": []}
+    here = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    chosen = capabilities or sorted({10 * major + minor for major, minor in here}) or (80, 90)
+    launches = shipped.shipped()
+    compiled = tqdm(
+        shipped.compile_shipped(launches, chosen),
+        total=len(launches) * len(chosen),
+        unit="kernel",
+        disable=None,
+        leave=False,
+    )
+    return {"reason": None, "compiled": list(compiled)}
+
+
 def as_text(found: dict[str, Any]) -> str:
     lines = [f"{name:14}{version}" for name, version in found["versions"].items()]
     lines.append("")
@@ -298,4 +335,24 @@ def as_text(found: dict[str, Any]) -> str:
     lines += ["", "operations and their implementations"]
     for name, backends in found["operations"].items():
         lines.append(f"  {name:36}{', '.join(backends)}")
+    if "kernels" in found:
+        lines += ["", *kernel_lines(**found["kernels"])]
     return "\n".join(lines)
+
+
+def kernel_lines(reason: str | None, compiled: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of the kernels: registers and bits a thread, bytes of shared memory a program."""
+    if reason is not None:
+        return [f"{'kernels':14}not compiled: {reason}"]
+    heads = "kernel,case,shape,dtype,sm,registers,shared,spills,load,warps"
+    rows = [heads.split(",")]
+    for one in compiled:
+        shape, spilled = "x".join(map(str, one["shape"])), one["stack_bytes"]
+        known = [one["kernel"], one["case"], shape, one["dtype"], one["capability"]]
+        taken = [one["registers"], one["shared_bytes"], f"{spilled} bytes" if spilled else "none"]
+        rows.append([str(cell) for cell in (*known, *taken, one["widest_load"], one["num_warps"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -49,7 +49,9 @@ def backward_tile(n: int, tokens: int, d: int) -> SliceTile:
     block_d = max(32, triton.next_power_of_2(d))
     rows = 16 if n * tokens <= 8192 else 32
     rows = min(rows, triton.next_power_of_2(max(tokens, 1)))
-    return SliceTile(block_d, rows, min(16, max(1, block_d // 256)), 3)
+    # What is in flight of the widest rows has to fit the 99 KiB of shared memory of the smallest GPUs.
+    num_stages = {4096: 2, 8192: 1}.get(block_d, 3)
+    return SliceTile(block_d, rows, min(32, max(1, block_d // 256)), num_stages)
 
 
 def vector_stride(vector: Tensor | None) -> tuple[Tensor | None, int]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -397,7 +398,77 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert found["reference"] == "usable"
     assert found["native"] == "no compiler; no luck"
     assert "cpu" in found
-    assert found["layer_norm_modulate"] == "reference"
+    assert found["layer_norm_modulate"] == "reference, triton"
+
+
+def test_info_of_kernels_that_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cli.main(["info", "--kernels"])
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().out.splitlines()[-1]
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for module in ("shipped", "ahead_of_time"):
+        monkeypatch.delitem(sys.modules, f"fastdit.kernels.{module}", raising=False)
+    cli.main(["info", "--kernels", "--json"])
+    found = json.loads(capsys.readouterr().out)["kernels"]
+    assert found == {"reason": "the package triton is not installed", "compiled": []}
+
+
+def test_info_of_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table. What is in it: tests/kernels/test_ahead_of_time.py, in a process that can compile."""
+    row = {
+        "kernel": "layer_norm_modulate.forward",
+        "case": "plain",
+        "d": 1152,
+        "dtype": "bf16",
+        "shape": [64, 256, 1152],
+        "capability": 90,
+        "num_warps": 1,
+        "registers": 72,
+        "shared_bytes": 0,
+        "stack_bytes": 0,
+        "widest_load": 128,
+    }
+    asked = []
+
+    def kernel_information(capabilities: tuple[int, ...]) -> dict[str, Any]:
+        asked.append(capabilities)
+        return {"reason": None, "compiled": [row, {**row, "case": "", "stack_bytes": 8}]}
+
+    monkeypatch.setattr(cli, "kernel_information", kernel_information)
+    cli.main(["info", "--kernels", "--capability", "80", "90"])
+    assert asked == [(80, 90)]
+    head, plain, spilling = capsys.readouterr().out.splitlines()[-3:]
+    columns = "kernel case shape dtype sm registers shared spills load warps"
+    assert head.split() == columns.split()
+    expected = "layer_norm_modulate.forward plain 64x256x1152 bf16 90 72 0 none 128 1"
+    assert plain.split() == expected.split()
+    assert " 8 bytes " in spilling
+    assert head.index("registers") == plain.index("72 ") == spilling.index("72 ")
+
+    assert "capability=(90,): is for --kernels" in answer(capsys, "info", "--capability", "90")
+
+
+def test_info_compiles_for_the_devices_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    stub = ModuleType("fastdit.kernels.shipped")
+    stub.shipped = lambda: []
+    stub.compile_shipped = lambda launches, capabilities: iter(
+        asked.append(list(capabilities)) or []
+    )
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for found in ([], [(9, 0), (8, 6), (9, 0)]):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: len(found))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, found=found: found[i])
+        assert cli.kernel_information(()) == {"reason": None, "compiled": []}
+    cli.kernel_information((100,))
+    assert asked == [[80, 90], [86, 90], [100]]
 
 
 def test_module_runs_as_a_command() -> None:

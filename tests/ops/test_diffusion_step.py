@@ -425,6 +425,15 @@ def test_memory(case: Case) -> None:
 
 
 @kernels_only
+def test_nothing_is_written_outside_of_the_results() -> None:
+    """Of two tiles, the second not full, and of channels that are no power of two."""
+    case = Case(n=1, channels=3, patch_size=3, grid=(5, 5))
+    inputs = case.inputs()
+    with poisoned_memory():
+        case.run(inputs)
+
+
+@kernels_only
 def test_the_kernel_does_not_take_float64() -> None:
     case = Case()
     inputs = case.inputs()

@@ -9,6 +9,7 @@ import torch
 from fastdit import ops, reference
 from fastdit.testing import (
     Guarded,
+    assert_gradient_close,
     assert_row_local,
     assert_same_bits,
     assert_ulps,
@@ -88,6 +89,18 @@ def test_kernel_without_a_gate(dtype: torch.dtype) -> None:
         assert_operation_close(
             ops.gated_residual, reference.gated_residual, make(size, "none", dtype), summed={}
         )
+
+
+@kernels_only
+@pytest.mark.parametrize("gate", ["(N, D)", "(D,)"])
+def test_sums_of_many_slices(gate: str) -> None:
+    """More slices of 16 tokens than the second stage adds at once, the last one shorter."""
+    size = (2, 16 * 8 + 3, 3)
+    dx, branch, vector = make(size, gate).values()
+    over = (1,) if vector.dim() == 2 else (0, 1)
+    exact, plain = (dx.double() * branch.double()).sum(over), (dx * branch).sum(over)
+    dgate = BACKWARD(dx, branch, vector)[1]
+    assert_gradient_close("dgate", dgate, exact, plain, summed=summed(size, gate)["gate"])
 
 
 @every_way

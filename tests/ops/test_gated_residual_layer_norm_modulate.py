@@ -153,7 +153,7 @@ def test_mixed_dtypes(stream: torch.dtype) -> None:
     )
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_eps(eps: float) -> None:
     drawn = {**make((2, 3, 16), "(N, D)"), "bias": draw(16)}
@@ -163,6 +163,14 @@ def test_eps(eps: float) -> None:
     plain = reference.gated_residual_layer_norm_modulate(**inputs, eps=eps)
     for i, out in enumerate(seam(**inputs, eps=eps)):
         assert_close(f"output {i}", out, exact[i], plain[i])
+
+
+@every_way
+def test_statistics_are_those_of_the_rounded_stream() -> None:
+    """The backward has nothing but x_new: it must see the numbers that the forward saw."""
+    x_new, _, mean, rstd = OPERATOR(*make((2, 4, 16), "(N, D)", torch.bfloat16).values(), 1e-6)
+    torch.testing.assert_close(mean, x_new.float().mean(-1))
+    torch.testing.assert_close(rstd, (x_new.float().var(-1, correction=0) + 1e-6).rsqrt())
 
 
 @every_way

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 import fastdit
 from fastdit import ops
+from fastdit.kernels import shipped
+from fastdit.kernels.launch import Launch, recording
 from fastdit.ops.operation import Operation
 from fastdit.testing import assert_same_bits, layouts
 
@@ -163,7 +168,63 @@ def test_on_the_current_stream(name: str) -> None:
         assert_same_bits("output", out, wanted)
 
 
-# More than 2^31 elements: the last sample is what it is alone.
+# More than 2^31 elements. Without a GPU: the last program, whose tensors are not there.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+@pytest.mark.parametrize("name", sorted(shipped.OPERATIONS.keys() - {"adamw_ema"}))
+def test_offsets_are_computed_in_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter refuses integers that overflow; adamw_ema reads its addresses from the device."""
+    sizes = shipped.Configuration(d=1152, dtype="bf16", n=2**19, tokens=1024)
+    for _, launches in shipped.OPERATIONS[name](sizes):
+        for launch in launches:
+            _run_last_program(launch, monkeypatch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+@pytest.mark.parametrize("patch_size", [1, 32])
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+@pytest.mark.parametrize("way", ["patchify", "unpatchify"])
+def test_offsets_in_an_image_are_computed_in_64_bits(
+    way: str, dimension: int, patch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one whose channels, rows or columns lie far apart, by the last token and by the last pixel of a token."""
+    strides = [2**30 if i == dimension else 1 for i in range(4)]
+    images = torch.empty_strided((1, 8, 32, 32), strides, dtype=torch.bfloat16, device="meta")
+    kernels = importlib.import_module(f"fastdit.kernels.{way}")
+    with recording() as launches:
+        (kernels.forward if way == "patchify" else kernels.backward)(images, patch_size)
+    (launch,) = launches
+    _run_last_program(launch, monkeypatch)
+
+
+def _run_last_program(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs one program on a memory of which everything is zero and nothing is kept."""
+    last = tuple(size - 1 for size in (*launch.grid, 1, 1)[:3])
+    stored: list[Any] = []
+
+    def load(builder: Any, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
+        element = pointers.get_element_ty()
+        zeros = np.zeros(pointers.data.shape, interpreter._get_np_dtype(element))
+        return interpreter.TensorHandle(zeros, element)
+
+    with monkeypatch.context() as patch:
+        builder = interpreter.InterpreterBuilder
+        patch.setattr(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", last))
+        patch.setattr(builder, "create_masked_load", load)
+        patch.setattr(
+            builder, "create_masked_store", lambda self, pointers, *_: stored.append(pointers)
+        )
+        arguments = (
+            torch.empty(1, dtype=a.dtype) if isinstance(a, Tensor) else a for a in launch.arguments
+        )
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        with np.errstate(all="ignore"):
+            launch.kernel[(1,)](*arguments, **launch.constants, **options)
+    assert stored
+
+
+# On a GPU: the last sample is what it is alone.
 LONG = 2**31 + 2**20
 
 

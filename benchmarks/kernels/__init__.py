@@ -1,0 +1,1 @@
+"""One benchmark an operation of `fastdit.ops`: `pytest benchmarks/kernels --benchmark-only`."""
