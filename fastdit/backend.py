@@ -24,8 +24,16 @@ from .validation import require_choice
 BACKENDS = ("reference", "native", "triton")
 CHOICES = ("auto", *BACKENDS)
 
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # somebody forbids the import: by a finder, or by None in sys.modules
+        return False
+
+
 # What can be imported does not change while a process runs; and a compiler cannot trace the look.
-_FOUND = {name: importlib.util.find_spec(name) is not None for name in ("triton", "fastdit._C")}
+_FOUND = {package: _is_installed(package) for package in ("triton", "fastdit._C")}
 
 _active = os.environ.get("FASTDIT_BACKEND", "auto")
 require_choice("FASTDIT_BACKEND", _active, CHOICES)

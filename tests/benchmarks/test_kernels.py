@@ -40,7 +40,9 @@ def module_of(operation: str) -> ModuleType:
 
 def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """The benchmarks in a process of their own, without the interpreter of the kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # As a user runs it: kernels compiled, and not as one of several workers, for whom nothing is timed.
+    kept = (name for name in os.environ if not name.startswith(("TRITON_INTERPRET", "PYTEST_")))
+    environment = {name: os.environ[name] for name in kept}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark-only"]
     return subprocess.run(
         [*command, *arguments],
