@@ -173,7 +173,7 @@ def forward(
     shift, shift_stride = vector_stride(shift)
     scale, scale_stride = vector_stride(scale)
     bias, _ = vector_stride(bias)
-    tile = forward_tile(d)
+    tile = forward_tile(d, branch.element_size())
     launch(
         _forward_kernel,
         (n * tokens,),

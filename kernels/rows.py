@@ -28,10 +28,13 @@ class RowTile:
     num_warps: int
 
 
-def forward_tile(d: int) -> RowTile:
-    """One row a program. Up to 2048 a single warp holds the row: its sums need no barrier, and 16 rows fit an SM."""
+def forward_tile(d: int, itemsize: int = 2) -> RowTile:
+    """One row a program. Up to 2048 a single warp holds the row: its sums need no barrier, and 16 rows fit an SM.
+
+    `itemsize` is that of a second tensor in the row. Where both are float32 the registers of one warp do not do.
+    """
     block_d = max(32, triton.next_power_of_2(d))
-    return RowTile(block_d, {4096: 4, 8192: 8}.get(block_d, 1))
+    return RowTile(block_d, {2048: itemsize // 2, 4096: 4, 8192: 8}.get(block_d, 1))
 
 
 @dataclass(frozen=True)
