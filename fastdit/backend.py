@@ -28,7 +28,8 @@ CHOICES = ("auto", *BACKENDS)
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # somebody forbids the import: by a finder, or by None in sys.modules
+    except (ImportError, ValueError):
+        # Somebody forbids the import, by a finder or by None in sys.modules.
         return False
 
 
