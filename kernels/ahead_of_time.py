@@ -77,6 +77,7 @@ def specialise(launch: Launch, capability: int) -> tuple[ASTSource, GPUTarget, d
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "maxnreg": launch.maxnreg,
         "enable_fp_fusion": True,
     }
     # As in JITFunction.run, which needs a device.
@@ -88,10 +89,10 @@ def specialise(launch: Launch, capability: int) -> tuple[ASTSource, GPUTarget, d
     return ASTSource(kernel, signature, constants, attributes), target, parsed.__dict__
 
 
-def identity(launch: Launch) -> tuple[str, int, int]:
+def identity(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that run the same machine code."""
     source, _, _ = specialise(launch, 90)
-    return source.hash(), launch.num_warps, launch.num_stages
+    return source.hash(), launch.num_warps, launch.num_stages, launch.maxnreg
 
 
 def compile_kernel(launch: Launch, capability: int) -> Any:

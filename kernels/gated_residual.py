@@ -67,7 +67,8 @@ def _backward_kernel(
     columns = tl.arange(0, BLOCK_D)
     factor = load_vector(gate, sample, gate_stride, columns, D)
     dgate = tl.zeros([BLOCK_D], tl.float32)
-    for token in tl.range(first, tl.minimum(first + ROWS, tokens), num_stages=STAGES):
+    end = first + 1 if ROWS == 1 else tl.minimum(first + ROWS, tokens)
+    for token in tl.range(first, end, num_stages=STAGES):
         row = sample * tokens + token
         arriving = load_row(dx, row, columns, D)
         dgate += arriving * load_row(branch, row, columns, D)

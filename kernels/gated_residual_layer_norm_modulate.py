@@ -27,6 +27,7 @@ from .rows import (
     forward_tile,
     load_row,
     load_vector,
+    most_registers,
     normalise,
     normalise_backward,
     store_partial,
@@ -115,7 +116,8 @@ def _backward_kernel(
     dshift = tl.zeros([BLOCK_D], tl.float32)
     dscale = tl.zeros([BLOCK_D], tl.float32)
     dstream = tl.zeros([BLOCK_D], tl.float32)
-    for token in tl.range(first, tl.minimum(first + ROWS, tokens), num_stages=STAGES):
+    end = first + 1 if ROWS == 1 else tl.minimum(first + ROWS, tokens)
+    for token in tl.range(first, end, num_stages=STAGES):
         row = sample * tokens + token
         arriving = load_row(dh, row, columns, D)
         row_rstd = tl.load(rstd + row)
@@ -268,6 +270,7 @@ def backward(
         BLOCK_D=tile.block_d,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        maxnreg=most_registers(128, tile.num_warps),
     )
     sums: dict[str, Tensor | None] = {}
     if partials is not None:

@@ -23,6 +23,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
 
 
 _recorded: list[Launch] | None = None
@@ -45,14 +46,16 @@ def launch(
     *arguments: Any,
     num_warps: int,
     num_stages: int = 3,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """Runs `kernel[grid](*arguments, **constants)` on the device of the first tensor, on its current stream.
 
-    A grid with a zero runs nothing. Multiplications and additions contract to one rounding (fma) in every kernel.
+    A grid with a zero runs nothing. `maxnreg` limits the registers of a thread. Multiplications and additions contract
+    to one rounding (fma) in every kernel.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, maxnreg))
         return
     if 0 in grid:
         return
@@ -60,9 +63,9 @@ def launch(
     # A launch goes to the current device, whatever its tensors say.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(kernel, grid, arguments, constants, num_warps, num_stages)
+            _run(kernel, grid, arguments, constants, num_warps, num_stages, maxnreg)
     else:
-        _run(kernel, grid, arguments, constants, num_warps, num_stages)
+        _run(kernel, grid, arguments, constants, num_warps, num_stages, maxnreg)
 
 
 def _run(
@@ -72,11 +75,13 @@ def _run(
     constants: dict[str, Any],
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None,
 ) -> None:
     kernel[grid](
         *arguments,
         **constants,
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=maxnreg,
         enable_fp_fusion=True,
     )

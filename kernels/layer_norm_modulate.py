@@ -21,6 +21,7 @@ from .rows import (
     forward_tile,
     load_row,
     load_vector,
+    most_registers,
     normalise,
     normalise_backward,
     store_partial,
@@ -83,7 +84,8 @@ def _backward_kernel(
         factor += load_vector(scale, sample, scale_stride, columns, D)
     dshift = tl.zeros([BLOCK_D], tl.float32)
     dscale = tl.zeros([BLOCK_D], tl.float32)
-    for token in tl.range(first, tl.minimum(first + ROWS, tokens), num_stages=STAGES):
+    end = first + 1 if ROWS == 1 else tl.minimum(first + ROWS, tokens)
+    for token in tl.range(first, end, num_stages=STAGES):
         row = sample * tokens + token
         arriving = load_row(dh, row, columns, D)
         row_rstd = tl.load(rstd + row)
@@ -158,6 +160,7 @@ def backward(
         BLOCK_D=tile.block_d,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        maxnreg=most_registers(96, tile.num_warps),
     )
     if partials is None:
         return dx, None, None

@@ -34,7 +34,7 @@ def forward_tile(d: int, itemsize: int = 2) -> RowTile:
     `itemsize` is that of a second tensor in the row. Where both are float32 the registers of one warp do not do.
     """
     block_d = max(32, triton.next_power_of_2(d))
-    return RowTile(block_d, {2048: itemsize // 2, 4096: 4, 8192: 8}.get(block_d, 1))
+    return RowTile(block_d, {2048: itemsize // 2, 4096: 4, 8192: 16}.get(block_d, 1))
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,20 @@ def backward_tile(n: int, tokens: int, d: int) -> SliceTile:
     """8 values a thread and sum. Longer slices write fewer partial sums, but need as many rows to fill the device."""
     block_d = max(32, triton.next_power_of_2(d))
     rows = 16 if n * tokens <= 8192 else 32
-    rows = min(rows, triton.next_power_of_2(max(tokens, 1)))
+    # The sums of the widest rows do not fit the registers: one row a program has sums that are written at once.
+    rows = 1 if block_d > 4096 else min(rows, triton.next_power_of_2(max(tokens, 1)))
+
     # What is in flight of the widest rows has to fit the 99 KiB of shared memory of the smallest GPUs.
     num_stages = {4096: 2, 8192: 1}.get(block_d, 3)
     return SliceTile(block_d, rows, min(32, max(1, block_d // 256)), num_stages)
+
+
+def most_registers(wanted: int, num_warps: int) -> int:
+    """The registers a thread may have: `wanted`, or what an SM has for so many warps.
+
+    Left to itself the assembler spills now and then to fit one program more, or lets a program take the whole SM.
+    """
+    return min(wanted, 65536 // (32 * num_warps))
 
 
 def vector_stride(vector: Tensor | None) -> tuple[Tensor | None, int]:

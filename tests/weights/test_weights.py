@@ -66,7 +66,7 @@ def assert_same_state(out: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 def test_golden_weights_load_into_the_model(
     golden_config: dict[str, Any], golden_tensors: dict[str, Tensor]
 ) -> None:
-    file = Path(__file__).parent / "golden" / "tiny_dit.weights.safetensors"
+    file = Path(__file__).parents[1] / "golden" / "tiny_dit.weights.safetensors"
     model = DiT(**golden_config)
     load_into(model, load_weights(file), source=file)
     out = model.eval()(*(golden_tensors[name] for name in ("x", "t", "y")))

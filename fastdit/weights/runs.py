@@ -1,0 +1,109 @@
+"""The models of training runs.
+
+A file of weights does not say which model it belongs to (the number of heads leaves no trace in any shape), so
+`model.json` lies beside it:
+
+    {"format": 1, "model": DiT.config, "classes": [names], "diffusion": {arguments of create_diffusion},
+     "images": {"space": "pixels" or "latents", "image_size": …, "channels": …, "vae": …, "scaling_factor": …}}
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..files import PathLike, read_json
+from ..models import DiT
+from ..validation import require_choice
+from .architecture import load_into
+from .reading import load_weights
+
+FORMAT = 1
+WHICH = ("ema", "model")
+
+_STEP = re.compile(r"step-\d{8}")
+
+
+def latest_checkpoint(run_folder: PathLike) -> Path:
+    """The newest checkpoint folder of a run, `checkpoints/step-XXXXXXXX` with the highest step.
+
+    A checkpoint gets this name when it is complete; other names do not count.
+
+    Raises FileNotFoundError if there is none.
+    """
+    folder = Path(run_folder) / "checkpoints"
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    if not found:
+        raise FileNotFoundError(f"{run_folder}: no checkpoint, expected checkpoints/step-XXXXXXXX")
+    return max(found, key=lambda path: path.name)
+
+
+def locate(path: PathLike, which: str = "ema") -> tuple[Path, Path]:
+    """The files of weights and of the description that `path` stands for, as in `load_model`.
+
+    Raises FileNotFoundError where nothing, or no description, is there.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if given.is_file():
+        weights, folder = given, given.parent
+    else:
+        is_checkpoint = (given / "model.json").exists()
+        folder = given if is_checkpoint else latest_checkpoint(given)
+        weights = folder / f"{which}.safetensors"
+    description = folder / "model.json"
+    if not description.exists():
+        raise FileNotFoundError(f"{description}: missing; without it the model is not known")
+    return weights, description
+
+
+def load_description(path: PathLike) -> dict[str, Any]:
+    """What `model.json` says of the model at `path`: a run folder, a checkpoint folder or a .safetensors file.
+
+    Raises FileNotFoundError, and ValueError naming the file for another format or a missing entry.
+    """
+    file = locate(path)[1]
+    description = read_json(file)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else description
+        raise ValueError(f"{file}: format={found!r}, expected {FORMAT}")
+    for name, kind in {"model": dict, "classes": list, "diffusion": dict, "images": dict}.items():
+        if not isinstance(description.get(name), kind):
+            raise ValueError(
+                f"{file}: {name}={description.get(name)!r}, expected a {kind.__name__}"
+            )
+    return description
+
+
+def load_model(
+    path: PathLike,
+    *,
+    which: Literal["ema", "model"] = "ema",
+    device: str | torch.device = "cpu",
+) -> DiT:
+    """The model at `path`, in float32 and eval mode, on `device`.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or a .safetensors file with
+            `model.json` beside it.
+        which: of a folder, the averaged weights (`ema.safetensors`) or the trained ones (`model.safetensors`).
+        device: where to.
+
+    Raises FileNotFoundError, and ValueError in one line naming the file.
+    """
+    require_choice("which", which, WHICH)
+    weights_file, description_file = locate(path, which)
+    config = load_description(path)["model"]
+    try:
+        # Without storage, since every value comes from the file: initialising an XL would take seconds.
+        with torch.device("meta"):
+            model = DiT(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{description_file}: model: {error}") from None
+    model.to_empty(device=device)
+    load_into(model, load_weights(weights_file), source=weights_file)
+    return model.eval()
