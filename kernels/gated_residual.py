@@ -94,6 +94,7 @@ def forward(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
         D=d,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
+        maxnreg=tile.maxnreg,
     )
     return x_new
 

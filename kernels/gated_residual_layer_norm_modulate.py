@@ -197,6 +197,7 @@ def forward(
         D=d,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
+        maxnreg=tile.maxnreg,
     )
     return x_new, h, mean, rstd
 

@@ -126,6 +126,7 @@ def forward(
         D=d,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
+        maxnreg=tile.maxnreg,
     )
     return h, mean, rstd
 

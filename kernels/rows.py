@@ -26,6 +26,7 @@ class RowTile:
 
     block_d: int
     num_warps: int
+    maxnreg: int | None
 
 
 def forward_tile(d: int, itemsize: int = 2) -> RowTile:
@@ -34,7 +35,8 @@ def forward_tile(d: int, itemsize: int = 2) -> RowTile:
     `itemsize` is that of a second tensor in the row. Where both are float32 the registers of one warp do not do.
     """
     block_d = max(32, triton.next_power_of_2(d))
-    return RowTile(block_d, {2048: itemsize // 2, 4096: 4, 8192: 16}.get(block_d, 1))
+    num_warps = {2048: itemsize // 2, 4096: 4, 8192: 16}.get(block_d, 1)
+    return RowTile(block_d, num_warps, 64 if block_d == 8192 else None)
 
 
 @dataclass(frozen=True)
