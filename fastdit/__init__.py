@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from .sampling.sample import sample
     from .validation import validate
-    from .weights import load_model, load_weights, save_weights
+    from .weights import from_pretrained, load_weights, save_pretrained, save_weights
 
 _ROOMS = {
     "backend": ["use_backend"],
@@ -61,7 +61,7 @@ _ROOMS = {
     ],
     "sampling": ["sample"],
     "validation": ["validate"],
-    "weights": ["load_model", "load_weights", "save_weights"],
+    "weights": ["from_pretrained", "load_weights", "save_pretrained", "save_weights"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -83,11 +83,12 @@ __all__ = [
     "DiT_models",
     "__version__",
     "create_diffusion",
+    "from_pretrained",
     "get_2d_sincos_pos_embed",
-    "load_model",
     "load_weights",
     "modulate",
     "sample",
+    "save_pretrained",
     "save_weights",
     "use_backend",
     "validate",

@@ -1,4 +1,4 @@
-"""The command `fastdit`: train, sample, info and demo.
+"""The command `fastdit`: train, sample, convert, inspect, info and demo.
 
 Every option is a field of a dataclass, and its docstring the help. A wrong option is answered by the parser, and what
 else a user can have done wrong in one line on stderr, with exit status 2 and, after `--traceback` or with
@@ -32,11 +32,19 @@ from .backend import active_backend, choose_device, describe
 from .data import VAE
 from .demo import demo
 from .files import write_json
+from .models import DiT
 from .ops.operation import OPERATIONS
 from .sampling import Images, output_kind, sample, to_uint8, write_samples
 from .training import TrainConfig, train
 from .validation import nearest, require_choice
-from .weights import load_description, load_model, locate
+from .weights import (
+    convert,
+    from_pretrained,
+    inspect_weights,
+    is_run,
+    load_description,
+    locate,
+)
 
 try:
     import tyro
@@ -62,7 +70,8 @@ class SampleConfig:
     """Draws images of a trained model and writes them to disk, with what was asked for in OUT.json beside them."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run folder, whose newest checkpoint is taken, a checkpoint folder, or a .safetensors file beside model.json."""
+    """A run folder, whose newest checkpoint is taken, a checkpoint folder or file, also of facebookresearch/DiT and
+    diffusers, a name on the Hub, or DiT-XL-2-256x256 and DiT-XL-2-512x512."""
     num: int = 64
     """How many images."""
     labels: tuple[str, ...] = ()
@@ -81,8 +90,13 @@ class SampleConfig:
     """The same seed and batch size give the same images."""
     batch_size: int = 64
     """Images that are drawn together."""
-    which: Literal["ema", "model"] = "ema"
-    """The averaged weights or the trained ones."""
+    which: str = "ema"
+    """The averaged weights (ema, or ema:0.9999 of several) or the trained ones (model)."""
+    num_heads: int | None = None
+    """Heads of the attention, where neither the checkpoint nor its size tells."""
+    vae: str | None = None
+    """The AutoencoderKL that decodes latents, a folder or a name on the Hub. Default: the one of the run; for a
+    checkpoint that names none stabilityai/sd-vae-ft-ema."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1. auto is CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -90,6 +104,37 @@ class SampleConfig:
     out: str = "samples.png"
     """x.png is a grid, x.npz holds arr_0 uint8 (N, H, W, C) and arr_1 int64 labels, else a new folder of PNGs. A file
     is replaced."""
+
+
+@dataclass
+class ConvertConfig:
+    """Writes weights in another format. Values and dtypes stay as they are."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
+    """What `sample` takes too: file, folder, or name."""
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """The file, or the new folder for diffusers. A file is replaced."""
+    to: Literal["safetensors", "diffusers", "original"] = "safetensors"
+    """safetensors under the original's names; a folder for diffusers' DiTTransformer2DModel; or a bare state dict in a
+    .pt file, as facebookresearch/DiT reads it."""
+    which: str = "ema"
+    """Which weights, of several: ema, model, or ema:0.9999."""
+    num_heads: int | None = None
+    """Heads of the attention, where neither the checkpoint nor its size tells."""
+
+
+@dataclass
+class InspectConfig:
+    """Shows what a checkpoint holds: architecture, parameters, dtypes, statistics, and what is odd about it."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """What `sample` takes too: file, folder, or name."""
+    which: str = "ema"
+    """Which weights, of several: ema, model, or ema:0.9999."""
+    num_heads: int | None = None
+    """Heads of the attention, where neither the checkpoint nor its size tells."""
+    json: bool = False
+    """Print JSON instead of text."""
 
 
 @dataclass
@@ -138,20 +183,14 @@ def run(args: Sequence[str]) -> None:
     """Parses and carries out one command."""
     if tyro is None:
         raise ImportError('the command line needs tyro: pip install "fastdit[cli]"')
-    commands: dict[str, tuple[type, Callable[[Any], None]]] = {
-        "train": (TrainConfig, run_train),
-        "sample": (SampleConfig, run_sample),
-        "info": (InfoConfig, run_info),
-        "demo": (DemoConfig, run_demo),
-    }
     if args == ["--version"]:
         print(f"fastdit {__version__}")
         return
     if args and not args[0].startswith("-"):
-        require_choice("command", args[0], commands)
+        require_choice("command", args[0], COMMANDS)
     choices: dict[str, Any] = {
         name: Annotated[config, tyro.conf.subcommand(name)]
-        for name, (config, _) in commands.items()
+        for name, (config, _) in COMMANDS.items()
     }
     if stored := stored_configuration(args):
         choices["train"] = Annotated[TrainConfig, tyro.conf.subcommand("train", default=stored)]
@@ -161,7 +200,7 @@ def run(args: Sequence[str]) -> None:
         description=f"fastdit {__version__}: Diffusion Transformers. --traceback shows where an error happened.",
         args=args,
     )
-    next(function for kind, function in commands.values() if isinstance(config, kind))(config)
+    next(function for kind, function in COMMANDS.values() if isinstance(config, kind))(config)
 
 
 def stored_configuration(args: Sequence[str]) -> TrainConfig | None:
@@ -194,8 +233,10 @@ def run_sample(config: SampleConfig) -> None:
     if config.num < 1:
         raise ValueError(f"num={config.num}: must be at least 1")
     device = choose_device(config.device)
-    description = load_description(config.run)
-    model = load_model(config.run, which=config.which, device=device)
+    model = from_pretrained(
+        config.run, which=config.which, num_heads=config.num_heads, device=device
+    )
+    description = describe_images(config, model)
     classes = description["classes"] or [str(label) for label in range(model.num_classes)]
     labels = choose_labels(config.labels, classes, config.num)
 
@@ -221,9 +262,30 @@ def run_sample(config: SampleConfig) -> None:
         )
     write_samples(np.concatenate(blocks), labels, config.out)
     asked = dataclasses.asdict(config) | {"labels": config.labels or classes}
-    weights, _ = locate(config.run, config.which)
+    weights = locate(config.run, config.which)[0] if is_run(Path(config.run)) else config.run
     write_json(f"{config.out}.json", {"fastdit": __version__, "weights": str(weights), **asked})
     print(config.out)
+
+
+def describe_images(config: SampleConfig, model: DiT) -> dict[str, Any]:
+    """Classes, diffusion and images, as model.json says them; without one as the original was trained."""
+    path = Path(config.run)
+    described = is_run(path) or (path.parent / "model.json").exists()
+    if described:
+        description = load_description(path)
+        images = description["images"]
+        if config.vae is not None and images["space"] != "latents":
+            raise ValueError(f"vae={config.vae!r}: {config.run} makes pixels, which need none")
+        return {**description, "images": {**images, "vae": config.vae or images.get("vae")}}
+    return {
+        "classes": [],
+        "diffusion": {"noise_schedule": "linear", "learn_sigma": model.learn_sigma},
+        "images": {
+            "space": "latents",
+            "vae": config.vae or "stabilityai/sd-vae-ft-ema",
+            "scaling_factor": 0.18215,
+        },
+    }
 
 
 def choose_labels(names: Sequence[str], classes: Sequence[str], num: int) -> list[int]:
@@ -243,6 +305,49 @@ def _label(name: str, classes: Sequence[str]) -> int:
     if re.fullmatch(r"-?\d+", name):
         return int(name)
     raise ValueError(f"labels={name!r}: no such class{nearest(name, classes)}")
+
+
+# ------------------------------------------------------------------ convert and inspect
+
+
+def run_convert(config: ConvertConfig) -> None:
+    notes = convert(
+        config.source,
+        config.target,
+        to=config.to,
+        which=config.which,
+        num_heads=config.num_heads,
+    )
+    for note in notes:
+        print(note)
+    print(config.target)
+
+
+def run_inspect(config: InspectConfig) -> None:
+    found = inspect_weights(config.source, which=config.which, num_heads=config.num_heads)
+    print(json.dumps(found, indent=2) if config.json else inspected_as_text(found))
+
+
+def inspected_as_text(found: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in found["dtypes"].items())
+    config = ", ".join(f"{name}={value}" for name, value in found["config"].items())
+    lines = [
+        f"source      {found['source']}",
+        f"format      {' '.join(filter(None, (found['format'], found['entry'])))}",
+        f"model       {config}",
+        f"parameters  {found['parameters']:,} ({dtypes})",
+        "",
+        f"{'tensor':40}{'count':>6}  {'shape':18}{'rms':>19}  {'largest':>9}",
+    ]
+    for name, one in found["tensors"].items():
+        shape = "x".join(map(str, one["shape"]))
+        low, high = (f"{value:.3g}" for value in one["rms"])
+        rms = low if one["count"] == 1 else f"{low} .. {high}"
+        lines.append(f"{name:40}{one['count']:>6}  {shape:18}{rms:>19}  {one['largest']:>9.3g}")
+    for heading in ("notes", "odd"):
+        if found[heading]:
+            lines += ["", heading, *(f"  {line}" for line in found[heading])]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------ info
@@ -356,3 +461,13 @@ def kernel_lines(reason: str | None, compiled: Sequence[dict[str, Any]]) -> list
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (TrainConfig, run_train),
+    "sample": (SampleConfig, run_sample),
+    "convert": (ConvertConfig, run_convert),
+    "inspect": (InspectConfig, run_inspect),
+    "info": (InfoConfig, run_info),
+    "demo": (DemoConfig, run_demo),
+}

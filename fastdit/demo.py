@@ -22,7 +22,7 @@ from .sampling import Images, sample, save_grid, to_uint8
 from .training import TrainConfig, train
 from .training.metrics import read_metrics
 from .training.plots import COLOR, missing_packages, smoothed
-from .weights import load_description, load_model
+from .weights import from_pretrained, load_description
 
 CFG_SCALE = 2.0
 PER_CLASS = 10
@@ -48,7 +48,7 @@ def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
     train(config)
     training_seconds = time.perf_counter() - started
 
-    model = load_model(folder)
+    model = from_pretrained(folder)
     labels = [label for label in range(len(digits.classes)) for _ in range(PER_CLASS)]
     started = time.perf_counter()
     drawn = sample(

@@ -136,6 +136,30 @@ def append_jsonl(path: PathLike, record: dict[str, Any]) -> None:
         file.write(line)
 
 
+def cache_folder() -> Path:
+    """Where downloads and measurements are kept: $FASTDIT_CACHE, $XDG_CACHE_HOME/fastdit, or ~/.cache/fastdit.
+
+    It is made with mode 0700: what lies in it is used without being asked for again, so only its owner may write it.
+
+    Raises PermissionError where it is not this user's, or others can write to it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("FASTDIT_CACHE") or Path(base) / "fastdit")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if os.name == "posix":
+        if found.st_uid != os.getuid():
+            raise PermissionError(
+                f"{folder}: belongs to another user; set FASTDIT_CACHE to a folder of yours"
+            )
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            mode = stat.filemode(found.st_mode)
+            raise PermissionError(
+                f"{folder}: others can write to it ({mode}); chmod 700, or set FASTDIT_CACHE"
+            )
+    return folder
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None

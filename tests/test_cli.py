@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdit import DiT, cli
 from fastdit.sampling import sample, to_uint8
 from fastdit.training import TrainConfig
-from fastdit.weights import load_model, save_weights
+from fastdit.weights import from_pretrained, save_weights
 
 # x_0 is what the model predicts, so that even an untrained one draws grey images, not black and white ones.
 DIFFUSION: dict[str, Any] = {"noise_schedule": "squaredcos_cap_v2", "predict_xstart": True}
@@ -68,11 +68,21 @@ def answer(capsys: pytest.CaptureFixture[str], *args: str, status: int = 2) -> s
 # ------------------------------------------------------------------ help and mistakes
 
 
+METAVARS = {
+    ("sample", "run"): "RUN_OR_CHECKPOINT",
+    ("convert", "source"): "IN",
+    ("convert", "target"): "OUT",
+    ("inspect", "source"): "FILE",
+}
+
+
 @pytest.mark.parametrize(
     ("command", "config"),
     [
         ("train", TrainConfig),
         ("sample", cli.SampleConfig),
+        ("convert", cli.ConvertConfig),
+        ("inspect", cli.InspectConfig),
         ("info", cli.InfoConfig),
         ("demo", cli.DemoConfig),
     ],
@@ -87,7 +97,7 @@ def test_help_explains_every_option(
     _, _, out = capsys.readouterr().out.replace("│", " ").replace("|", " ").partition("\n\n")
     text = " ".join(out.split())
     for field in dataclasses.fields(config):
-        option = "RUN_OR_CHECKPOINT" if field.name == "run" else "--" + field.name.replace("_", "-")
+        option = METAVARS.get((command, field.name), "--" + field.name.replace("_", "-"))
         entry = re.search(rf" {option}\b(.*?)\((default|required)", text)
         assert entry, option
         # What is left beside other spellings and choices is the explanation.
@@ -99,7 +109,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"• {command} " in out for command in ("train", "sample", "info", "demo"))
+    assert all(f"• {command} " in out for command in cli.COMMANDS)
     assert "--traceback" in out
 
 
@@ -202,7 +212,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: Any) -> None:
         raise KeyError("a mistake of the library")
 
-    monkeypatch.setattr(cli, "run_info", broken)
+    monkeypatch.setitem(cli.COMMANDS, "info", (cli.InfoConfig, broken))
     with pytest.raises(KeyError):
         cli.main(["info"])
 
@@ -211,7 +221,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupted(config: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_info", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "info", (cli.InfoConfig, interrupted))
     assert answer(capsys, "info", status=130) == "fastdit: interrupted\n"
 
 
@@ -235,7 +245,7 @@ def test_sample_writes_what_the_library_draws(checkpoint: Path, tmp_path: Path) 
         images, labels = opened["arr_0"], opened["arr_1"]
     assert labels.tolist() == [0, 1, 2, 3, 0]
     drawn = sample(
-        load_model(checkpoint),
+        from_pretrained(checkpoint),
         [0, 1, 2, 3, 0],
         steps=2,
         cfg_scale=3.0,
@@ -303,7 +313,7 @@ def test_sample_decodes_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     sample_to(tmp_path / "x.npz", checkpoint, "--num", "3", "--batch-size", "2")
     assert made == {"name": "some/vae", "scaling_factor": 0.25, "device": torch.device("cpu")}
     drawn = sample(
-        load_model(checkpoint),
+        from_pretrained(checkpoint),
         [0, 1, 2],
         steps=2,
         batch_size=2,

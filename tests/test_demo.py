@@ -13,7 +13,7 @@ from PIL import Image
 from fastdit import cli, demo
 from fastdit.data import Digits
 from fastdit.sampling import to_uint8
-from fastdit.weights import load_model
+from fastdit.weights import from_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_short_demo(
     assert report == json.loads((folder / "report.json").read_text())
     assert report["steps"] == 10
     assert report["samples"] == 100
-    assert report["parameters"] == sum(p.numel() for p in load_model(folder).parameters())
+    assert report["parameters"] == sum(p.numel() for p in from_pretrained(folder).parameters())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert report["loss"] == metrics[-1]["loss"]  # the last tenth of ten lines
 

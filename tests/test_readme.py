@@ -47,7 +47,15 @@ def test_commands(
         for line in text.splitlines()
         if line.startswith("fastdit ")
     ]
-    assert [command[1] for command in commands] == ["train", "sample", "info", "info"]
+    assert [command[1] for command in commands] == [
+        "train",
+        "sample",
+        "info",
+        "inspect",
+        "convert",
+        "convert",
+        "info",
+    ]
     for command in commands:
         main(command[1:])
     assert (tmp_path / "digits.png").stat().st_size > 0

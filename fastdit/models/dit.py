@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..files import PathLike
 from ..validation import (
     autocast_enabled,
     checks_values,
@@ -189,6 +190,31 @@ class DiT(nn.Module):
             "learn_sigma": self.learn_sigma,
             "conditioning": self.conditioning,
         }
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: PathLike, **options: Any) -> DiT:
+        """`fastdit.from_pretrained`."""
+        from ..weights import from_pretrained
+
+        return from_pretrained(path_or_name, **options)
+
+    def save_pretrained(self, folder: PathLike) -> None:
+        """Writes config.json and model.safetensors into `folder`; `from_pretrained` reads it."""
+        from ..weights import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload DiT with fastdit",
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hub as `org/name`; the address of the commit."""
+        from ..weights import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, commit_message=commit_message)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, return_hidden: Sequence[int] | None = None

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..weights import FORMAT, load_into, load_weights, save_weights
+from ..weights import (
+    FORMAT,
+    load_into,
+    load_tensors,
+    load_weights,
+    read_checkpoint,
+    save_weights,
+    to_original,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -69,6 +77,47 @@ def load_checkpoint(path: Path, trained: Trained) -> None:
         load_into(model, load_weights(file), source=file)
     _load_optimizer_state(path / "optimizer.safetensors", trained)
     _load_rng_states(path / "rng.safetensors", trained.generator)
+
+
+def load_original(file: Path, trained: Trained) -> int:
+    """Gives `trained` what a training checkpoint of facebookresearch/DiT holds, and returns how many steps that took.
+
+    It is {"model", "ema", "opt", "args"}. Adam's state is by position among all parameters, the position embedding
+    included, which is not trained and has none. The number of steps is Adam's.
+
+    Raises ValueError in one line naming the file, where an entry is missing or does not fit.
+    """
+    found = read_checkpoint(file, which="model", optimizer=True)
+    if found.optimizer is None:
+        raise ValueError(f"{file}: no entry opt; for the weights alone begin with init_from")
+    load_into(trained.model, to_original(found.tensors).tensors, source=file)
+    averaged = read_checkpoint(file, which="ema")
+    load_into(trained.ema, to_original(averaged.tensors).tensors, source=file)
+    every = [name for name, _ in trained.model.named_parameters()]
+    try:
+        (group,) = found.optimizer["param_groups"]
+        positions, states = list(group["params"]), found.optimizer["state"]
+        if len(positions) != len(every):
+            raise ValueError(f"{len(positions)} parameters, the model has {len(every)}")
+        by_name = {
+            name: states[position]
+            for position, name in zip(positions, every, strict=True)
+            if position in states
+        }
+        tensors = {
+            f"{moment}.{name}": torch.as_tensor(state[moment], dtype=torch.float32)
+            for moment in MOMENTS
+            for name, state in by_name.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: opt is not the state of one AdamW: {error}") from None
+    _set_optimizer_state(file, tensors, trained)
+    steps = {int(state["step"]) for state in by_name.values()}
+    if len(steps) != 1:
+        raise ValueError(
+            f"{file}: opt: the parameters have made different numbers of steps: {sorted(steps)}"
+        )
+    return steps.pop()
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -116,8 +165,11 @@ def _optimizer_state(trained: Trained) -> dict[str, Tensor]:
 
 
 def _load_optimizer_state(file: Path, trained: Trained) -> None:
+    _set_optimizer_state(file, load_tensors(file), trained)
+
+
+def _set_optimizer_state(file: Path, tensors: Mapping[str, Tensor], trained: Trained) -> None:
     names = _trained_parameters(trained.model)
-    tensors = load_weights(file)
     _require_keys(file, tensors, [f"{moment}.{name}" for moment in MOMENTS for name in names])
     shapes = {name: value.shape for name, value in trained.model.named_parameters()}
     for moment, name in ((moment, name) for moment in MOMENTS[:2] for name in names):
@@ -144,7 +196,7 @@ def _rng_states(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _load_rng_states(file: Path, generator: torch.Generator) -> None:
-    states = load_weights(file)
+    states = load_tensors(file)
     expected = _rng_states(generator)
     written, here = ("cuda" if "cuda" in found else "cpu" for found in (states, expected))
     if written != here:

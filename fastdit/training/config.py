@@ -49,6 +49,10 @@ class TrainConfig:
     """Fine-tuning: begin with the EMA weights of this run, checkpoint folder or .safetensors file. For another
     number of classes the label table is drawn anew."""
 
+    resume_from_original: str | None = None
+    """Continue a training checkpoint of facebookresearch/DiT or fast-DiT (.pt with model, ema, opt and args): weights,
+    averages, Adam's moments and the number of steps. The order of the data begins anew."""
+
     vae: str | None = None
     """Train on the latents of this AutoencoderKL (a folder or a hub name) instead of on pixels."""
     image_size: int | None = None
@@ -147,6 +151,10 @@ class TrainConfig:
             0 <= self.warmup_steps < self.steps,
             f"from 0 to below steps={self.steps}",
         )
+        if self.init_from is not None and self.resume_from_original is not None:
+            raise ValueError(
+                f"resume_from_original={self.resume_from_original!r} and init_from={self.init_from!r}: allowed is one"
+            )
         self._require("seed", 0 <= self.seed < 2**63, "from 0 to below 2**63")
         self._require("sample_steps", 1 <= self.sample_steps <= 1000, "from 1 to 1000")
 

@@ -37,19 +37,17 @@ from ..models import DiT, DiT_models, multiply_adds
 from ..sampling import sample, save_grid, to_uint8
 from ..weights import (
     FORMAT,
+    adapted,
     latest_checkpoint,
     load_description,
     load_into,
-    load_model,
-    load_weights,
+    read_pretrained,
 )
 from . import checkpoint, plots
 from .checkpoint import Trained
 from .config import FIXED, SIZES, TrainConfig
 from .ema import EMA
 from .metrics import drop_after, read_metrics
-
-LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 def train(config: TrainConfig) -> Path:
@@ -95,7 +93,7 @@ class Trainer:
         # Made on the CPU, so that a seed gives the same weights on every device.
         model = _model(config, self.dataset, self.vae)
         if config.init_from is not None and previous is None:
-            _initialise(model, Path(config.init_from))
+            _initialise(model, config.init_from)
         self.model = model.to(device)
         self.ema = EMA(self.model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
@@ -123,6 +121,10 @@ class Trainer:
         self.trained = Trained(self.model, self.ema.model, self.optimizer, self.generator)
         if previous is not None:
             self._restore(previous)
+        elif config.resume_from_original is not None:
+            source = Path(config.resume_from_original)
+            self.step = checkpoint.load_original(source, self.trained)
+            print(f"Weights, averages and moments are those of {source}, step {self.step:,}")
         if self.step > config.steps:
             raise ValueError(
                 f"steps={config.steps}: the run in {config.out} is at step {self.step}"
@@ -477,35 +479,19 @@ def _parameters(model: DiT) -> str:
     return f"{count / 1e6:.2f}M parameters" if count >= 1e6 else f"{count:,} parameters"
 
 
-def _initialise(model: DiT, source: Path) -> None:
+def _initialise(model: DiT, source: str) -> None:
     """Gives `model` the averaged weights of `source`, and says so; see `TrainConfig.init_from`."""
-    described = source.is_dir() or (source.parent / "model.json").exists()
-    if described:
-        loaded = load_model(source)
-        weights = loaded.state_dict()
-        _require_same_model(model.config, loaded.config, source)
-        same_classes = model.num_classes == loaded.num_classes
-    else:
-        weights = load_weights(source)
-        print(f"{source} has no model.json beside it: num_heads is taken on trust")
-        same_classes = True
-    own = model.state_dict()[LABEL_TABLE]
-    table = weights.get(LABEL_TABLE, own)
-    if not same_classes or table.shape != own.shape:
-        weights[LABEL_TABLE] = own
-        print(
-            f"The label table is drawn anew: {source} has {len(table)} labels, this run has {len(own)}"
-        )
-    load_into(model, weights, source=source)
-    print(f"Weights are those of {source}")
-
-
-def _require_same_model(here: dict[str, Any], there: dict[str, Any], source: Path) -> None:
-    for name, value in here.items():
-        if name not in ("num_classes", "class_dropout_prob") and there[name] != value:
+    found = read_pretrained(source, num_heads=model.num_heads)
+    changed = ("num_classes", "class_dropout_prob", "input_size")
+    for name, value in model.config.items():
+        if name not in changed and found.config[name] != value:
             raise ValueError(
-                f"init_from={str(source)!r}: checkpoint has {name}={there[name]!r}, model has {value!r}"
+                f"init_from={source!r}: checkpoint has {name}={found.config[name]!r}, model has {value!r}"
             )
+    weights, notes = adapted(found, model)
+    load_into(model, weights, source=source)
+    for note in [f"Weights are those of {source}", *found.notes, *notes]:
+        print(note)
 
 
 def _open_run(config: TrainConfig) -> Path | None:

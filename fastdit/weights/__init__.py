@@ -5,18 +5,31 @@ as strictly, and never in a way that could.
 """
 
 from .architecture import load_into
-from .reading import load_weights
-from .runs import FORMAT, WHICH, latest_checkpoint, load_description, load_model, locate
+from .convert import convert
+from .formats import to_original
+from .inspection import inspect_weights
+from .pretrained import adapted, from_pretrained, push_to_hub, read_pretrained, save_pretrained
+from .reading import load_tensors, load_weights, read_checkpoint
+from .runs import FORMAT, is_run, latest_checkpoint, load_description, locate
 from .writing import save_weights
 
 __all__ = [
     "FORMAT",
-    "WHICH",
+    "adapted",
+    "convert",
+    "from_pretrained",
+    "inspect_weights",
+    "is_run",
     "latest_checkpoint",
     "load_description",
     "load_into",
-    "load_model",
+    "load_tensors",
     "load_weights",
     "locate",
+    "push_to_hub",
+    "read_checkpoint",
+    "read_pretrained",
+    "save_pretrained",
     "save_weights",
+    "to_original",
 ]

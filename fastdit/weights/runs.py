@@ -11,18 +11,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from ..files import PathLike, read_json
-from ..models import DiT
-from ..validation import require_choice
-from .architecture import load_into
-from .reading import load_weights
 
 FORMAT = 1
-WHICH = ("ema", "model")
 
 _STEP = re.compile(r"step-\d{8}")
 
@@ -41,8 +34,13 @@ def latest_checkpoint(run_folder: PathLike) -> Path:
     return max(found, key=lambda path: path.name)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is that of a run, or of one of its checkpoints."""
+    return (folder / "model.json").exists() or (folder / "checkpoints").is_dir()
+
+
 def locate(path: PathLike, which: str = "ema") -> tuple[Path, Path]:
-    """The files of weights and of the description that `path` stands for, as in `load_model`.
+    """The files of weights and of the description that `path` stands for, as in `from_pretrained`.
 
     Raises FileNotFoundError where nothing, or no description, is there.
     """
@@ -54,7 +52,7 @@ def locate(path: PathLike, which: str = "ema") -> tuple[Path, Path]:
     else:
         is_checkpoint = (given / "model.json").exists()
         folder = given if is_checkpoint else latest_checkpoint(given)
-        weights = folder / f"{which}.safetensors"
+        weights = folder / f"{which.replace(':', '-')}.safetensors"
     description = folder / "model.json"
     if not description.exists():
         raise FileNotFoundError(f"{description}: missing; without it the model is not known")
@@ -77,33 +75,3 @@ def load_description(path: PathLike) -> dict[str, Any]:
                 f"{file}: {name}={description.get(name)!r}, expected a {kind.__name__}"
             )
     return description
-
-
-def load_model(
-    path: PathLike,
-    *,
-    which: Literal["ema", "model"] = "ema",
-    device: str | torch.device = "cpu",
-) -> DiT:
-    """The model at `path`, in float32 and eval mode, on `device`.
-
-    Args:
-        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or a .safetensors file with
-            `model.json` beside it.
-        which: of a folder, the averaged weights (`ema.safetensors`) or the trained ones (`model.safetensors`).
-        device: where to.
-
-    Raises FileNotFoundError, and ValueError in one line naming the file.
-    """
-    require_choice("which", which, WHICH)
-    weights_file, description_file = locate(path, which)
-    config = load_description(path)["model"]
-    try:
-        # Without storage, since every value comes from the file: initialising an XL would take seconds.
-        with torch.device("meta"):
-            model = DiT(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{description_file}: model: {error}") from None
-    model.to_empty(device=device)
-    load_into(model, load_weights(weights_file), source=weights_file)
-    return model.eval()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import PathLike, atomic_file
+from ..models import DiT
 from .reading import require_safetensors_ending
+
+# In the header of a file: the arguments of the DiT that its weights belong to, as JSON.
+CONFIG_KEY = "fastdit.config"
 
 
 def save_weights(model: nn.Module | Mapping[str, Tensor], path: PathLike) -> None:
     """Writes the parameters and buffers of `model`, or a state dict, as a safetensors file, whole or not at all.
 
     Keys are the original's: the prefixes of DistributedDataParallel (`module.`) and of torch.compile (`_orig_mod.`) are
-    left away. Dtypes are kept; tensors are stored contiguously, whatever their strides.
+    left away. Dtypes are kept; tensors are stored contiguously, whatever their strides. The file of a DiT also says
+    which model it is, the number of heads included.
 
     Raises ValueError for another ending than `.safetensors`, TypeError for what is not a tensor, and OSError.
     """
@@ -27,5 +33,8 @@ def save_weights(model: nn.Module | Mapping[str, Tensor], path: PathLike) -> Non
             raise TypeError(f"{key}: expected a tensor, got {type(value).__name__}")
         name = key.replace("_orig_mod.", "").removeprefix("module.")
         tensors[name] = value.detach().cpu().contiguous()
+    metadata = {"format": "pt"}
+    if isinstance(model, DiT):
+        metadata[CONFIG_KEY] = json.dumps(model.config)
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata=metadata)
