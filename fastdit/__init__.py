@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         get_2d_sincos_pos_embed,
         modulate,
     )
-    from .sampling.sample import sample
+    from .sampling.sample import Sampler, sample
     from .validation import validate
     from .weights import from_pretrained, load_weights, save_pretrained, save_weights
 
@@ -59,7 +59,7 @@ _ROOMS = {
         "get_2d_sincos_pos_embed",
         "modulate",
     ],
-    "sampling": ["sample"],
+    "sampling": ["Sampler", "sample"],
     "validation": ["validate"],
     "weights": ["from_pretrained", "load_weights", "save_pretrained", "save_weights"],
 }
@@ -81,6 +81,7 @@ __all__ = [
     "DiT_XL_4",
     "DiT_XL_8",
     "DiT_models",
+    "Sampler",
     "__version__",
     "create_diffusion",
     "from_pretrained",

@@ -1,4 +1,4 @@
-"""The command `fastdit`: train, sample, convert, inspect, info and demo.
+"""The command `fastdit`: train, sample, convert, inspect, bench, info and demo.
 
 Every option is a field of a dataclass, and its docstring the help. A wrong option is answered by the parser, and what
 else a user can have done wrong in one line on stderr, with exit status 2 and, after `--traceback` or with
@@ -22,19 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import attention, ops
 from ._version import __version__
 from .backend import active_backend, choose_device, describe
 from .data import VAE
 from .demo import demo
 from .files import write_json
-from .models import DiT
+from .models import DiT, DiT_models
 from .ops.operation import OPERATIONS
-from .sampling import Images, output_kind, sample, to_uint8, write_samples
+from .sampling import Sampler, World, draw_to_disk, measure_sampling, output_kind, world
 from .training import TrainConfig, train
 from .validation import nearest, require_choice
 from .weights import (
@@ -67,7 +67,10 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 @dataclass
 class SampleConfig:
-    """Draws images of a trained model and writes them to disk, with what was asked for in OUT.json beside them."""
+    """Draws images of a trained model and writes them to disk, with what was asked for in OUT.json beside them.
+
+    Started again after a kill it goes on. `torchrun --nproc-per-node=8 -m fastdit sample ...` draws on 8 GPUs, the same
+    images."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """A run folder, whose newest checkpoint is taken, a checkpoint folder or file, also of facebookresearch/DiT and
@@ -80,10 +83,14 @@ class SampleConfig:
     """Guidance: 1 is none, more is closer to the class and less varied."""
     cfg_channels: Literal[3, "all"] = 3
     """Guide the first three channels, as the original does, or all."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these fractions of the schedule, 0 clean and 1 noise; the other steps cost half."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Replay one recorded step on CUDA: auto where that is possible and pays, True insists."""
     steps: int = 250
     """Denoising steps, 1 to 1000."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """How a step is made."""
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    """How a step is made; dpm++ (DPM-Solver++ 2M) needs 20 to 50."""
     eta: float = 0.0
     """Share of noise in a DDIM step, 0 to 1."""
     seed: int = 0
@@ -133,6 +140,32 @@ class InspectConfig:
     """Which weights, of several: ema, model, or ema:0.9999."""
     num_heads: int | None = None
     """Heads of the attention, where neither the checkpoint nor its size tells."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+@dataclass
+class BenchConfig:
+    """Measures on this machine. attention: every backend that can run, from which DiT chooses then (with --save)."""
+
+    what: Annotated[
+        tyro.conf.Positional[Literal["attention", "sampling"]], tyro.conf.arg(metavar="WHAT")
+    ]
+    """attention: each backend, forward and backward. sampling: fastdit.sample against the plain loop."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1. auto is CUDA where there is one."""
+    model: str = "DiT-XL/2"
+    """The model whose shapes, or which, is measured."""
+    image_size: int = 256
+    """In pixels; the model sees latents of an eighth."""
+    batch: tuple[int, ...] = (8, 64)
+    """Images in a batch."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """What is computed in."""
+    steps: int = 20
+    """Denoising steps in a run of sampling."""
+    save: bool = False
+    """Keep what was measured of attention in the cache folder: `attention="auto"` chooses by it from then on."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -229,10 +262,17 @@ def run_demo(config: DemoConfig) -> None:
 
 
 def run_sample(config: SampleConfig) -> None:
+    with world() as among:
+        draw(config, among)
+
+
+def draw(config: SampleConfig, among: World) -> None:
     output_kind(config.out)  # a wrong --out is known before hours of sampling
     if config.num < 1:
         raise ValueError(f"num={config.num}: must be at least 1")
     device = choose_device(config.device)
+    if among.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", among.local_rank)
     model = from_pretrained(
         config.run, which=config.which, num_heads=config.num_heads, device=device
     )
@@ -245,26 +285,39 @@ def run_sample(config: SampleConfig) -> None:
     if space["space"] == "latents":
         vae = VAE(space["vae"], device=device, scaling_factor=space["scaling_factor"])
         decode = vae.decode
-    blocks: list[Images] = []
+    if among.rank == 0:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            used = model.attention_in_use(config.batch_size, training=False)
+        print("attention runs in", ", ".join(dict.fromkeys(used.values())))
+    run = is_run(Path(config.run))
+    weights = str(locate(config.run, config.which)[0]) if run else config.run
+    asked = dataclasses.asdict(config) | {"labels": list(config.labels) or classes}
+    written = {"fastdit": __version__, "weights": weights, **asked}
+    sampler = Sampler(
+        model,
+        steps=config.steps,
+        sampler=config.sampler,
+        eta=config.eta,
+        cfg_channels=config.cfg_channels,
+        guidance_interval=config.guidance_interval,
+        cuda_graph=config.cuda_graph,
+        **description["diffusion"],
+    )
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        sample(
-            model,
+        draw_to_disk(
+            sampler,
             labels,
-            steps=config.steps,
-            sampler=config.sampler,
-            eta=config.eta,
+            config.out,
+            plan=json.loads(json.dumps({**written, "device": device.type})),
+            decode=decode,
             cfg_scale=config.cfg_scale,
-            cfg_channels=config.cfg_channels,
             seed=config.seed,
             batch_size=config.batch_size,
-            callback=lambda _, block: blocks.append(to_uint8(decode(block))),
-            **description["diffusion"],
+            among=among,
         )
-    write_samples(np.concatenate(blocks), labels, config.out)
-    asked = dataclasses.asdict(config) | {"labels": config.labels or classes}
-    weights = locate(config.run, config.which)[0] if is_run(Path(config.run)) else config.run
-    write_json(f"{config.out}.json", {"fastdit": __version__, "weights": str(weights), **asked})
-    print(config.out)
+    if among.rank == 0:
+        write_json(f"{config.out}.json", written)
+        print(config.out)
 
 
 def describe_images(config: SampleConfig, model: DiT) -> dict[str, Any]:
@@ -350,6 +403,82 @@ def inspected_as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------ bench
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def run_bench(config: BenchConfig) -> None:
+    require_choice("model", config.model, DiT_models)
+    if config.save and config.what != "attention":
+        raise ValueError(f"save=True: is for attention, this is {config.what}")
+    for name, values in {"batch": config.batch, "steps": (config.steps,)}.items():
+        if not values or min(values) < 1:
+            raise ValueError(f"{name}={values}: must be at least 1")
+    device = choose_device(config.device)
+    bench = {"attention": bench_attention, "sampling": bench_sampling}[config.what]
+    rows, paths = bench(config, device)
+    if config.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print("\n".join(table_lines(rows)))
+    for path in paths:
+        print(path)
+
+
+def bench_attention(
+    config: BenchConfig, device: torch.device
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    with torch.device("meta"):
+        model = DiT_models[config.model](input_size=config.image_size // 8)
+    tokens, heads = model.x_embedder.num_patches, model.num_heads
+    head_dim = model.pos_embed.shape[-1] // heads
+    cases = [
+        attention.Case(n, tokens, heads, head_dim, dtype=DTYPES[config.dtype]) for n in config.batch
+    ]
+    measured = attention.measure(ops.attention, cases, device=device)
+    rows = []
+    for row in measured:
+        n, t, h, k = row.case[:4]
+        # 2 x multiply-adds of two products forward and five backward.
+        flops = 2 * n * h * t * t * k * (2 if row.direction == "inference" else 7)
+        rows.append(
+            {
+                "batch": n,
+                "tokens": t,
+                "heads": f"{h}x{k}",
+                "direction": row.direction,
+                "backend": row.backend,
+                "ms": None if row.seconds is None else round(row.seconds * 1e3, 4),
+                "TFLOP/s": None if row.seconds is None else round(flops / row.seconds / 1e12, 3),
+                "reason": row.reason or "",
+            }
+        )
+    return rows, attention.save(measured) if config.save else []
+
+
+def bench_sampling(
+    config: BenchConfig, device: torch.device
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    torch.manual_seed(0)
+    model = DiT_models[config.model](input_size=config.image_size // 8)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as initialised, a DiT predicts zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    model = model.to(device, DTYPES[config.dtype]).eval()
+    return measure_sampling(model, config.batch, steps=config.steps), []
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = [list(rows[0]), *(["" if v is None else str(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
 # ------------------------------------------------------------------ info
 
 
@@ -394,6 +523,10 @@ def information() -> dict[str, Any]:
         "backends": {
             name: {"usable": not reasons, "reasons": reasons} for name, reasons in describe()
         },
+        "attention": {
+            name: {"usable": not reasons, "reasons": reasons}
+            for name, reasons in attention.describe()
+        },
         "operations": {
             one.name: one.backends() for one in OPERATIONS if not one.name.endswith("_backward")
         },
@@ -437,6 +570,11 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(
             f"  {name:12}{'usable' if backend['usable'] else '; '.join(backend['reasons'])}"
         )
+    lines += ["", "attention, for DiT-XL/2 in bfloat16"]
+    for name, backend in found["attention"].items():
+        lines.append(
+            f"  {name:16}{'usable' if backend['usable'] else '; '.join(backend['reasons'])}"
+        )
     lines += ["", "operations and their implementations"]
     for name, backends in found["operations"].items():
         lines.append(f"  {name:36}{', '.join(backends)}")
@@ -468,6 +606,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "sample": (SampleConfig, run_sample),
     "convert": (ConvertConfig, run_convert),
     "inspect": (InspectConfig, run_inspect),
+    "bench": (BenchConfig, run_bench),
     "info": (InfoConfig, run_info),
     "demo": (DemoConfig, run_demo),
 }

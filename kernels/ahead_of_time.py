@@ -35,6 +35,8 @@ _INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE
 )
 _BITS = re.compile(r"[US]?(8|16|64|128|256)")
+# sm_80 and later, sm_90, sm_100.
+_TENSOR_CORE = ("HMMA.", "HGMMA.", "UTCHMMA")
 _BATCH = 32  # kernels that are disassembled together
 
 
@@ -53,6 +55,7 @@ class Compiled(NamedTuple):
     widest_store: int
     narrow_stores: int
     barriers: int
+    tensor_core: int  # products of matrices
 
 
 def kernel_name(launch: Launch) -> str:
@@ -178,6 +181,7 @@ def _read(launch: Launch, capability: int, kernel: Any, code: Sequence[str]) -> 
         widest_store=max(stores, default=0),
         narrow_stores=sum(bits < 128 for bits in stores),
         barriers=sum(opcode.startswith("BAR.") for opcode in code),
+        tensor_core=sum(opcode.startswith(_TENSOR_CORE) for opcode in code),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import (
     adamw_ema,
+    attention,
     diffusion_step,
     gated_residual,
     gated_residual_layer_norm_modulate,
@@ -104,6 +105,23 @@ def _gated_residual(c: Configuration) -> Cases:
     yield "", launches
 
 
+def _attention(c: Configuration) -> Cases:
+    """Among the tokens, from one packed projection to one gradient; and to two tokens of a condition."""
+    if c.d > 1152:
+        return  # more of the same heads
+    head_dim = 72 if c.d == 1152 else 64
+    heads = c.d // head_dim
+    packed = c.branch().new_empty(c.n, c.tokens, 3, heads, head_dim)
+    pair = c.branch().new_empty(c.n, 2, 2, heads, head_dim)
+    q, k, v = packed.unbind(2)
+    single = torch.empty_like(q)
+    for case, tensors in {"": (q, k, v), "cross": (single, *pair.unbind(2))}.items():
+        with recording() as launches:
+            out, lse = attention.forward(*tensors, head_dim**-0.5)
+            attention.backward(out, *tensors, out, lse, head_dim**-0.5, *tensors)
+        yield case, launches
+
+
 def _mlp_gelu(c: Configuration) -> Cases:
     dout, f = c.branch(), 4 * c.d
     w1, w2 = dout.new_empty(f, c.d), dout.new_empty(c.d, f)
@@ -177,6 +195,7 @@ OPERATIONS: dict[str, Callable[[Configuration], Cases]] = {
     "layer_norm_modulate": _layer_norm_modulate,
     "gated_residual_layer_norm_modulate": _gated_residual_layer_norm_modulate,
     "gated_residual": _gated_residual,
+    "attention": _attention,
     "mlp_gelu": _mlp_gelu,
     "patchify": _patchify,
     "unpatchify": _unpatchify,

@@ -23,7 +23,7 @@ class _Kept:
 
 
 def correct() -> None:
-    """Makes casts from and to bfloat16 exact, and integer overflow an error; and keeps `tl` patched.
+    """Makes casts from and to bfloat16, and its products, exact, and integer overflow an error; and keeps `tl` patched.
 
     The interpreter patches `tl` for every launch and for every call of a function in it, which is most of its time.
     """
@@ -48,6 +48,15 @@ def correct() -> None:
         return original(self, source, target)
 
     interpreter.InterpreterBuilder.cast_impl = cast
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # Of bfloat16 it multiplies the bits.
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return product(self, a, b, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function: Any) -> _Kept:

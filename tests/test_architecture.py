@@ -30,7 +30,7 @@ FLOORS = {
     "training": BOTTOM | {"ops", "models", "diffusion", "data", "weights", "sampling"},
     "demo": BOTTOM | {"ops", "models", "diffusion", "data", "weights", "sampling", "training"},
 }
-FLOORS["cli"] = FLOORS["demo"] | {"demo", "testing"}
+FLOORS["cli"] = FLOORS["demo"] | {"demo", "testing", "attention"}
 FLOORS["__main__"] = {"cli"}
 EVERYBODY = {"_version"}
 # Methods that users look for on the model; what they need is imported when they are called.

@@ -73,6 +73,7 @@ METAVARS = {
     ("convert", "source"): "IN",
     ("convert", "target"): "OUT",
     ("inspect", "source"): "FILE",
+    ("bench", "what"): "WHAT",
 }
 
 
@@ -83,6 +84,7 @@ METAVARS = {
         ("sample", cli.SampleConfig),
         ("convert", cli.ConvertConfig),
         ("inspect", cli.InspectConfig),
+        ("bench", cli.BenchConfig),
         ("info", cli.InfoConfig),
         ("demo", cli.DemoConfig),
     ],
@@ -493,3 +495,60 @@ def test_module_runs_as_a_command() -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["backends"]["reference"] == {"usable": True, "reasons": []}
     assert found["devices"][0]["device"] == "cpu"
+
+
+# ------------------------------------------------------------------ weights and bench
+
+
+def test_convert_and_inspect(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    cli.main(["convert", str(checkpoint), str(out), "--which", "model"])
+    expected = from_pretrained(checkpoint, which="model").state_dict()
+    for name, value in from_pretrained(out).state_dict().items():
+        assert torch.equal(value, expected[name])
+    capsys.readouterr()
+    cli.main(["inspect", str(out)])
+    text = capsys.readouterr().out
+    assert "blocks.*.attn.qkv.weight" in text
+    assert "num_heads=" in text
+    cli.main(["inspect", str(out), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(value.numel() for value in expected.values())
+    assert "no weights in this folder" in answer(capsys, "inspect", str(tmp_path))
+
+
+def test_bench_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it saves is what `auto` is asked for next; what cannot run has its reason."""
+    monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "cache"))
+    options = ["--model", "DiT-S/8", "--batch", "2", "--dtype", "fp32", "--image-size", "128"]
+    cli.main(["bench", "attention", *options, "--device", "cpu", "--save", "--json"])
+    said = capsys.readouterr().out
+    rows = json.loads(said[: said.rindex("]") + 1])
+    by_backend = {row["backend"]: row for row in rows if row["direction"] == "inference"}
+    assert by_backend["sdpa"]["ms"] > 0
+    assert "not on cpu" in by_backend["cudnn"]["reason"]
+    saved = json.loads((tmp_path / "cache/attention/cpu.json").read_text())
+    assert saved["entries"][0]["tokens"] == 4
+    cli.main(["bench", "attention", *options, "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("batch  tokens")
+
+
+def test_bench_sampling(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        cli.DiT_models,
+        "DiT-S/8",
+        lambda **sizes: DiT(hidden_size=16, depth=1, num_heads=2, patch_size=4, **sizes),
+    )
+    options = ["--model", "DiT-S/8", "--batch", "2", "--dtype", "fp32", "--image-size", "64"]
+    cli.main(["bench", "sampling", *options, "--steps", "2", "--device", "cpu", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["provider"] for row in rows] == ["reference", "eager", "fastdit"]
+    assert all(row["ms a step"] > 0 and row["ratio"] > 0 for row in rows)
+    assert "save=True: is for attention" in answer(capsys, "bench", "sampling", "--save")
+    assert "batch" in answer(capsys, "bench", "sampling", "--batch", "0")

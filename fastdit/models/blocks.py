@@ -30,6 +30,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention; the rows of `qkv` are q of all heads, k of all heads, v of all heads."""
 
+    # How it is computed, not what it is: see `DiT.set_attention`.
+    backend: str = "auto"
+    deterministic: bool = True
+
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True) -> None:
         super().__init__()
         if dim % num_heads:
@@ -45,13 +49,20 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """What lies between the two linear layers: (N, T, 3 * D) -> (N, T, D)."""
-        n, t, d = qkv.shape[0], qkv.shape[1], self.num_heads * self.head_dim
-        q, k, v = qkv.reshape(n, t, 3, self.num_heads, self.head_dim).unbind(2)
-        return ops.attention(q, k, v, scale=self.scale).reshape(n, t, d)
+        return ops.attention_qkvpacked(
+            qkv,
+            self.num_heads,
+            scale=self.scale,
+            backend=self.backend,
+            deterministic=self.deterministic,
+        )
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of the image tokens x (N, T, D) to conditioning tokens c (N, S, D)."""
+
+    backend: str = "auto"
+    deterministic: bool = True
 
     def __init__(self, dim: int, num_heads: int = 8) -> None:
         super().__init__()
@@ -65,7 +76,8 @@ class CrossAttention(nn.Module):
         n, t, d = x.shape
         q = self.q(x).reshape(n, t, self.num_heads, self.head_dim)
         k, v = self.kv(c).reshape(n, c.shape[1], 2, self.num_heads, self.head_dim).unbind(2)
-        return self.proj(ops.attention(q, k, v).reshape(n, t, d))
+        out = ops.attention(q, k, v, backend=self.backend, deterministic=self.deterministic)
+        return self.proj(out.reshape(n, t, d))
 
 
 class Mlp(nn.Module):
@@ -166,14 +178,15 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        c: Tensor,
+        c: Tensor | None,
         pending: Pending | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Pending]:
         """`block(x, c)` is the original's block: (N, T, D) and (N, D) -> (N, T, D).
 
         With `pending`, the branch and gate that the block before has not added (an empty tuple before the first block),
-        it returns x and its own pending branch instead. `modulation` (N, 6 * D) replaces `adaLN_modulation(c)`.
+        it returns x and its own pending branch instead. `modulation` (N, 6 * D) replaces `adaLN_modulation(c)`,
+        and c may then be None.
         """
         if modulation is None:
             modulation = self.adaLN_modulation(c)
@@ -305,7 +318,7 @@ class FinalLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        c: Tensor,
+        c: Tensor | None,
         pending: Pending = (),
         modulation: Tensor | None = None,
     ) -> Tensor:

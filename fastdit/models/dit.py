@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..attention import CHOICES, Like, choose
 from ..files import PathLike
 from ..validation import (
     autocast_enabled,
@@ -24,7 +25,9 @@ from ..validation import (
     require_same_device,
 )
 from .blocks import (
+    Attention,
     Conditioning,
+    CrossAttention,
     FinalLayer,
     Pending,
     hands_on,
@@ -32,6 +35,7 @@ from .blocks import (
     materialise,
 )
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
+from .fusible import user_hooks
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -54,6 +58,7 @@ class DiT(nn.Module):
     and, keyword-only:
         conditioning: the paper's four blocks: "adaln_zero" (the original), "adaln", "cross_attention", "in_context".
         residual_dtype: dtype of the residual stream; None is float32 under autocast, else the model's dtype.
+        attention, attention_deterministic: see `set_attention`.
 
     Raises ValueError naming the argument for sizes that do not fit together.
     """
@@ -75,6 +80,8 @@ class DiT(nn.Module):
         *,
         conditioning: Conditioning = "adaln_zero",
         residual_dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        attention_deterministic: bool = True,
     ) -> None:
         super().__init__()
         patch_size = _positive_integer("patch_size", patch_size)
@@ -135,6 +142,44 @@ class DiT(nn.Module):
             adaptive=conditioning in ("adaln_zero", "adaln"),
         )
         self.initialize_weights()
+        self.set_attention(attention, deterministic=attention_deterministic)
+
+    def set_attention(self, name: str, *, deterministic: bool = True) -> None:
+        """Chooses what attention runs in: "auto", or a backend of `fastdit.attention.BACKENDS`, which runs or raises.
+
+        With `deterministic` a training step gives the same bits every time, as a run that is resumed has to: "auto"
+        then takes no backend that cannot, and a backend that was named is asked for it. This is not part of `config`
+        or of the weights. Raises ValueError for another name.
+        """
+        require_choice("attention", name, CHOICES)
+        for module in self.modules():
+            if isinstance(module, (Attention, CrossAttention)):
+                module.backend, module.deterministic = name, deterministic
+
+    def attention_in_use(
+        self, batch: int, *, training: bool, dtype: torch.dtype | None = None
+    ) -> dict[str, str]:
+        """The backend that runs for a batch: of every kind of attention there is, "attn" and "cross_attn".
+
+        `training` says whether a backward follows; `dtype` is what the attention computes in, by default the model's,
+        under autocast autocast's. Raises RuntimeError where the backend that was chosen cannot run.
+        """
+        device = self.pos_embed.device
+        if dtype is None:
+            autocast = autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.pos_embed.dtype
+        tokens = self.pos_embed.shape[1] + (2 if self.conditioning == "in_context" else 0)
+        found = {}
+        for name, module in self.blocks[0].named_children():
+            if isinstance(module, (Attention, CrossAttention)):
+                keys = tokens if isinstance(module, Attention) else 2
+                q, k = (
+                    Like((batch, n, module.num_heads, module.head_dim), dtype, device, training)
+                    for n in (tokens, keys)
+                )
+                with torch.set_grad_enabled(training):
+                    found[name] = choose(q, k, k, module.backend, module.deterministic)
+        return found
 
     def initialize_weights(self) -> None:
         """The original's initialisation; draws the same random numbers in the same order, so a seed gives its weights.
@@ -237,6 +282,43 @@ class DiT(nn.Module):
         """`forward` without `unpatchify`: the last linear layer's output, (N, T, P*P*out_channels)."""
         return self._forward_tokens(x, t, y, ())[0]
 
+    def takes_modulation(self) -> bool:
+        """Whether `forward_modulated` does what `forward` does: adaptive layer norm throughout, nothing replaced.
+
+        Not where a block, the final layer or the model has hooks or a `forward` of its own, or sharded weights.
+        """
+        return (
+            type(self) is DiT
+            and self.conditioning in ("adaln_zero", "adaln")
+            and "forward" not in self.__dict__
+            and not user_hooks(self)
+            and all(hands_on(module) for module in (*self.blocks, self.final_layer))
+            and all(type(parameter.data) is Tensor for parameter in self.parameters())
+        )
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """All that t and y decide: (N,) and (N,) -> (N, W), the outputs of every `adaLN_modulation`, side by side.
+
+        W = depth * 6 * D + 2 * D (adaLN: depth * 4 * D + 2 * D). No label is dropped. Made by the blocks' own layers.
+        """
+        c = self.t_embedder(t) + self.y_embedder(y, False)
+        modules = (*self.blocks, self.final_layer)
+        return torch.cat([module.adaLN_modulation(c) for module in modules], dim=1)
+
+    def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """`forward_tokens(x, t, y)` with `modulations(t, y)`: (N, C, H, W) and (N, W) -> (N, T, P*P*out_channels).
+
+        Sampling computes what depends on t and y alone once for all steps. Only where `takes_modulation()`.
+        """
+        x = self._embed(x)
+        d = x.shape[-1]
+        width = (6 if self.conditioning == "adaln_zero" else 4) * d
+        pending: Pending = ()
+        for block, modulation in zip(self.blocks, modulations.split(width, dim=1), strict=False):
+            x, pending = block(x, None, pending, modulation)
+        tokens: Tensor = self.final_layer(x, None, pending, modulations[:, -2 * d :])
+        return tokens
+
     def forward_with_cfg(
         self,
         x: Tensor,
@@ -296,11 +378,7 @@ class DiT(nn.Module):
                 raise ValueError(
                     f"return_hidden={list(return_hidden)}: block indices are 0 .. {len(self.blocks) - 1}"
                 )
-        x = self.x_embedder(x) + self.pos_embed
-        if self.residual_dtype is not None:
-            x = x.to(self.residual_dtype)
-        elif autocast_enabled(x.device):
-            x = x.float()
+        x = self._embed(x)
         t, y = self.t_embedder(t), self.y_embedder(y, self.training)
         if self.conditioning == "in_context":
             x = torch.cat([x, t.unsqueeze(1).to(x.dtype), y.unsqueeze(1).to(x.dtype)], dim=1)
@@ -323,6 +401,13 @@ class DiT(nn.Module):
         if pending and hands_on(self.final_layer):
             return self.final_layer(x, c, pending), hidden
         return self.final_layer(self._image_tokens(materialise(x, pending)), c), hidden
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """The residual stream (N, T, D) before the first block."""
+        x = self.x_embedder(x) + self.pos_embed
+        if self.residual_dtype is not None:
+            return x.to(self.residual_dtype)
+        return x.float() if autocast_enabled(x.device) else x
 
     def _image_tokens(self, x: Tensor) -> Tensor:
         return x[:, :-2] if self.conditioning == "in_context" else x

@@ -4,7 +4,7 @@ The names are imported here eagerly: an operation and its module share a name, a
 """
 
 from .adamw_ema import adamw_ema_
-from .attention import attention
+from .attention import attention, attention_qkvpacked
 from .diffusion_step import ddim_step, ddpm_step
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
@@ -22,6 +22,7 @@ from .unpatchify import unpatchify
 __all__ = [
     "adamw_ema_",
     "attention",
+    "attention_qkvpacked",
     "ddim_step",
     "ddpm_step",
     "gated_residual",

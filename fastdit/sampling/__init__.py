@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from .measuring import measure_sampling
+from .noise import block_generator, sample_generator
 from .outputs import Images, output_kind, save_folder, save_grid, save_npz, to_uint8, write_samples
-from .sample import block_generator, sample
+from .sample import Sampler, sample
+from .to_disk import World, draw_to_disk, world
 
 __all__ = [
     "Images",
+    "Sampler",
+    "World",
     "block_generator",
+    "draw_to_disk",
+    "measure_sampling",
     "output_kind",
     "sample",
+    "sample_generator",
     "save_folder",
     "save_grid",
     "save_npz",
     "to_uint8",
+    "world",
     "write_samples",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,15 +61,18 @@ def output_kind(out: PathLike) -> str:
     return "folder"
 
 
-def write_samples(images: Images, labels: Sequence[int] | Tensor, out: PathLike) -> None:
+def write_samples(
+    images: Images | Sequence[Images], labels: Sequence[int] | Tensor, out: PathLike
+) -> None:
     """Writes `images` (N, H, W, C) uint8 and their N labels, as the ending of `out` says; see `output_kind`.
 
-    Missing parent folders are made. A grid holds no labels.
+    Many may come in blocks, (n, H, W, C) each, which are read one after the other. Missing parent folders are made. A
+    grid holds no labels.
     """
     kind = output_kind(out)
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     if kind == "grid":
-        save_grid(images, out)
+        save_grid(images if isinstance(images, np.ndarray) else np.concatenate(images), out)
     elif kind == "npz":
         save_npz(out, images, labels)
     else:
@@ -111,30 +116,54 @@ def save_grid(
         _picture(canvas).save(temporary, format="PNG")
 
 
-def save_npz(path: PathLike, images: Images, labels: Sequence[int] | Tensor) -> None:
+def save_npz(
+    path: PathLike, images: Images | Sequence[Images], labels: Sequence[int] | Tensor
+) -> None:
     """An uncompressed NumPy archive: `arr_0` uint8 (N, H, W, C), `arr_1` int64 (N,).
 
-    `arr_0` is what the usual FID evaluation reads. Raises TypeError or ValueError naming the argument.
+    `arr_0` is what the usual FID evaluation reads. The same images give the same bytes. Raises TypeError or ValueError
+    naming the argument.
     """
-    _require_images(images)
-    array = _labels(labels, len(images))
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, images, array)
+    blocks = _blocks(images)
+    array = _labels(labels, sum(map(len, blocks)))
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        header = {
+            "descr": "|u1",
+            "fortran_order": False,
+            "shape": (len(array), *blocks[0].shape[1:]),
+        }
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block).data)
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def save_folder(folder: PathLike, images: Images, labels: Sequence[int] | Tensor) -> None:
+def save_folder(
+    folder: PathLike, images: Images | Sequence[Images], labels: Sequence[int] | Tensor
+) -> None:
     """A new folder with `000000.png`, `000001.png`, … and `labels.json`, {file name: label}.
 
     Raises FileExistsError where `folder` exists, TypeError or ValueError naming the argument, and ImportError without
     Pillow.
     """
-    _require_images(images)
-    array = _labels(labels, len(images))
+    blocks = _blocks(images)
+    array = _labels(labels, sum(map(len, blocks)))
     with atomic_folder(folder) as temporary:
-        for i, image in enumerate(images):
+        for i, image in enumerate(itertools.chain.from_iterable(blocks)):
             _picture(image).save(temporary / f"{i:06d}.png")
         names = {f"{i:06d}.png": int(label) for i, label in enumerate(array)}
         write_json(temporary / "labels.json", names)
+
+
+def _blocks(images: Images | Sequence[Images]) -> list[Images]:
+    blocks: list[Any] = [images] if isinstance(images, np.ndarray) else list(images) or [images]
+    for block in blocks:
+        _require_images(block)
+        if block.shape[1:] != blocks[0].shape[1:]:
+            raise ValueError(f"images: blocks of {blocks[0].shape[1:]} and {block.shape[1:]}")
+    return blocks
 
 
 def _picture(pixels: Images) -> Image:

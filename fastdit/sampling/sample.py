@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..models import DiT
 from ..validation import nearest, require_choice
-
-SAMPLERS = ("ddpm", "ddim")
+from .engine import Engine
+from .noise import BlockNoise, Noise, SampleNoise, block_generator, sample_generator
+from .samplers import SAMPLERS, make_steps
 
 Callback = Callable[[int, Tensor], None]
 
@@ -28,153 +29,277 @@ def sample(
     labels: Sequence[int] | Tensor,
     *,
     steps: int = 250,
-    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
     eta: float = 0.0,
     cfg_scale: float | Tensor = 1.5,
     cfg_channels: Literal[3, "all"] = 3,
-    seed: int = 0,
-    batch_size: int = 64,
+    guidance_interval: tuple[float, float] | None = None,
+    seed: int | Sequence[int] | Tensor = 0,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+    cuda_graph: Literal["auto"] | bool = "auto",
     progress: bool = True,
     callback: Callback | None = None,
+    return_trajectory: bool = False,
     **diffusion_options: Any,
-) -> Tensor:
+) -> Any:
     """Draws one image for each label, in the model's space (pixels or latents).
 
     Image i is in block i // batch_size, and block b draws all its noise from a generator of its own
     on the model's device, `block_generator(seed, b)`, always for a full block. So the noise of an
     image depends on the seed, its index, `batch_size` and the device, and not on how many images are
     drawn with it: a run that is started again gives the same images, and a longer one begins with
-    them. On another device, or with another `batch_size`, a seed means other images.
+    them. On another device, or with another `batch_size`, a seed means other images. With a seed for
+    each image its noise depends on that seed and the device alone.
 
     The model is used in eval mode and without gradients, on its own device, in its own dtype (or
     the one that autocast gives it); the state between the steps is float32 (float64 for a float64
     model). Afterwards every module's training flag is what it was. The guessed x_0 is not clipped.
 
+    What depends on timestep and label alone is computed once for all images, and on CUDA a step is
+    one graph, replayed: the same bits as without. `fastdit.Sampler` keeps its graphs for more calls.
+
     Args:
-        model: a DiT; nothing else of it is used than `forward`, `forward_with_cfg`, `input_size`,
-            `in_channels`, `num_classes`, `null_label` and `learn_sigma`.
+        model: a DiT; of anything else nothing is used than calls `model(x, t, y)`, `parameters()`,
+            `input_size`, `in_channels`, `num_classes`, `null_label` and `learn_sigma`.
         labels: N class numbers, 0 to num_classes - 1, or the model's null label.
         steps: denoising steps, 1 to 1000.
         sampler: `"ddpm"` visits timesteps that are spaced evenly from the first to the last (the
             respacing "250"), `"ddim"` every s-th (the respacing "ddim250"), for which a whole stride
-            s must exist: see `fastdit.diffusion.space_timesteps`.
+            s must exist: see `fastdit.diffusion.space_timesteps`. `"dpm++"` is DPM-Solver++(2M), of
+            second order and without noise, on DDPM's timesteps: 20 to 50 steps do.
         eta: DDIM's share of noise, 0 (deterministic) to 1.
         cfg_scale: guidance uncond + cfg_scale (cond - uncond); any finite number, or a tensor (N,)
             with one for each image. Where it is 1 throughout, the unconditional half is not
             computed. From 1 to 0 the class counts less and less, below 0 images lead away from it.
         cfg_channels: 3 guides the first three channels, as the original does; `"all"` all of them.
-        seed: whole number from 0 on.
-        batch_size: images that are drawn together.
+        guidance_interval: (low, high), fractions of the schedule, 0 clean and 1 pure noise: steps
+            whose timestep / (diffusion_steps - 1) lies outside are not guided, and cost half
+            (Kynkäänniemi et al. 2024). None guides all.
+        seed: whole number from 0 on, or N of them.
+        generator: instead of a seed; draws x_T of a block, then the noise of each step that adds any.
+        batch_size: images that are drawn together; None is 64.
+        cuda_graph: `"auto"` where it is possible and pays, True insists, False never.
         progress: show a progress bar with images/s.
         callback: called with each block as soon as it is done: the index of its first image, and its
             images (n, C, H, W), which are a view of the result.
+        return_trajectory: also return the state before and after each step, (steps + 1, N, C, H, W)
+            on the CPU.
         diffusion_options: what `fastdit.create_diffusion` takes beside the respacing, as the model
             was trained with: `noise_schedule`, `predict_xstart`, `learn_sigma` (by default the
             model's) …
 
     Returns (N, C, H, W), float32 or float64, on the model's device: ordinary tensors that may take
-    part in training.
+    part in training. With `return_trajectory` a pair of that and the trajectory.
 
     Raises ValueError or TypeError naming the argument, and FloatingPointError if an image is not
-    finite (read once, at the end).
+    finite (read once a block).
 
     Source: Peebles & Xie 2022, section 3.1; Ho & Salimans 2022 for the guidance.
     """
-    y = _labels(labels, model)
-    diffusion = _diffusion(model, steps, sampler, diffusion_options)
-    _require_number("eta", eta)
-    if not 0 <= eta <= (1 if sampler == "ddim" else 0):
-        raise ValueError(f"eta={eta}: allowed are 0 to 1 with sampler='ddim', and 0 with 'ddpm'")
-    scale = _cfg_scale(cfg_scale, model, len(y))
-    require_choice("cfg_channels", cfg_channels, (3, "all"))
-    seed = _whole_number("seed", seed, 0, 2**63 - 1)
-    batch_size = _whole_number("batch_size", batch_size, 1, 2**31 - 1)
-
-    device = next(model.parameters()).device
-    shape = (model.in_channels, *model.input_size)
-    # Ordinary tensors even where the caller is in inference mode.
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
-        images = torch.empty(len(y), *shape, device=device, dtype=_state_dtype(model))
-        with _bar(len(y), diffusion.num_timesteps, progress) as bar:
-            for start in range(0, len(y), batch_size):
-                rows = slice(start, start + batch_size)
-                block_scale = scale[rows].to(device) if isinstance(scale, Tensor) else scale
-                images[rows] = _denoise(
-                    diffusion,
-                    _predict(model, y[rows].to(device), block_scale, cfg_channels),
-                    shape=(batch_size, *shape),
-                    count=len(y[rows]),
-                    eta=eta if sampler == "ddim" else None,
-                    generator=block_generator(seed, start // batch_size, device),
-                    dtype=images.dtype,
-                    bar=bar,
-                )
-                if callback is not None:
-                    callback(start, images[rows])
-    _require_finite(images)
-    return images
-
-
-def block_generator(seed: int, block: int, device: torch.device) -> torch.Generator:
-    """The source of all noise of a block: seeded with 64 bits of NumPy's SeedSequence([seed, block]).
-
-    The hash keeps the blocks of seed 0 apart from those of seed 1, which seed + block would not.
-    """
-    hashed = np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(hashed[0]))
-
-
-def _denoise(
-    diffusion: GaussianDiffusion,
-    predict: Callable[[Tensor, Tensor], Tensor],
-    *,
-    shape: tuple[int, ...],
-    count: int,
-    eta: float | None,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    bar: tqdm[Any],
-) -> Tensor:
-    """The first `count` images of a block of `shape`; `eta` None stands for DDPM."""
-
-    def noise() -> Tensor:
-        drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
-        return drawn[:count]
-
-    x = noise()
-    for i in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((count,), i, device=x.device)
-        if eta is None:
-            out = diffusion.p_sample(predict, x, t, clip_denoised=False, step_noise=noise())
-        else:
-            out = diffusion.ddim_sample(
-                predict, x, t, clip_denoised=False, eta=eta, step_noise=noise()
-            )
-        x = out["sample"]
-        bar.update(count)
-    return x
-
-
-def _predict(
-    model: DiT, y: Tensor, cfg_scale: float | Tensor, cfg_channels: Literal[3, "all"]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The guided model as a function of x and t: the posterior's arithmetic sees N images, only the
-    model sees 2N.
-    """
-    dtype = _weights_dtype(model)
-    if _is_one(cfg_scale):
-        return lambda x, t: model(x.to(dtype), t, y)
-    null_label = model.num_classes  # there is one, else the scale would be 1
-    both = torch.cat([y, torch.full_like(y, null_label)])
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        x = x.to(dtype)
-        out = model.forward_with_cfg(
-            torch.cat([x, x]), torch.cat([t, t]), both, cfg_scale, cfg_channels=cfg_channels
+    once = Sampler(
+        model,
+        steps=steps,
+        sampler=sampler,
+        eta=eta,
+        cfg_channels=cfg_channels,
+        guidance_interval=guidance_interval,
+        cuda_graph=cuda_graph,
+        **diffusion_options,
+    )
+    try:
+        return once(
+            labels,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            generator=generator,
+            batch_size=batch_size,
+            progress=progress,
+            callback=callback,
+            return_trajectory=return_trajectory,
         )
-        return out[: len(y)]
+    finally:
+        once.release()
 
-    return predict
+
+class Sampler:
+    """`sample` for more than one call: what was recorded for one is replayed in the next.
+
+    Arguments as those of `sample`. Weights may be changed between the calls, in place or by replacing them.
+    `largest_number_of_graphs`: shapes of a block that are kept recorded; one more lets go of all.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        *,
+        steps: int = 250,
+        sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm",
+        eta: float = 0.0,
+        cfg_channels: Literal[3, "all"] = 3,
+        guidance_interval: tuple[float, float] | None = None,
+        cuda_graph: Literal["auto"] | bool = "auto",
+        largest_number_of_graphs: int = 4,
+        **diffusion_options: Any,
+    ) -> None:
+        diffusion = _diffusion(model, steps, sampler, diffusion_options)
+        _require_number("eta", eta)
+        if not 0 <= eta <= (1 if sampler == "ddim" else 0):
+            raise ValueError(
+                f"eta={eta}: allowed are 0 to 1 with sampler='ddim', and 0 with the others"
+            )
+        require_choice("cfg_channels", cfg_channels, (3, "all"))
+        require_choice("cuda_graph", cuda_graph, ("auto", True, False))
+        self.model, self.diffusion = model, diffusion
+        self.engine_options: dict[str, Any] = {
+            "cfg_channels": cfg_channels,
+            "guided": _guided(guidance_interval, diffusion, diffusion_options),
+            "cuda_graph": cuda_graph,
+            "largest_number_of_graphs": _whole_number(
+                "largest_number_of_graphs", largest_number_of_graphs, 1, 1000
+            ),
+        }
+        self.kind, self.eta = sampler, eta
+        self.engines: dict[tuple[torch.device, torch.dtype], Engine] = {}
+
+    def release(self) -> None:
+        """Gives back all recordings and their memory. The sampler can be used on."""
+        for engine in self.engines.values():
+            engine.release()
+        self.engines.clear()
+
+    def __call__(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        cfg_scale: float | Tensor = 1.5,
+        seed: int | Sequence[int] | Tensor = 0,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        callback: Callback | None = None,
+        return_trajectory: bool = False,
+    ) -> Any:
+        """Images (N, C, H, W) for N labels: arguments, result and errors as those of `sample`."""
+        y = _labels(labels, self.model)
+        shape = (self.model.in_channels, *self.model.input_size)
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(False):
+            images = torch.empty(len(y), *shape, device=device, dtype=_state_dtype(self.model))
+        states: list[Tensor] = []
+        for start, block in self.blocks(
+            y,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            generator=generator,
+            batch_size=batch_size,
+            progress=progress,
+            states=states if return_trajectory else None,
+        ):
+            images[start : start + len(block)] = block
+            if callback is not None:
+                callback(start, images[start : start + len(block)])
+        if not return_trajectory:
+            return images
+        none = torch.empty(self.diffusion.num_timesteps + 1, 0, *shape, dtype=images.dtype)
+        return images, torch.cat(states, dim=1) if states else none
+
+    def blocks(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        cfg_scale: float | Tensor = 1.5,
+        seed: int | Sequence[int] | Tensor = 0,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        only: Callable[[int], bool] | None = None,
+        progress: bool = True,
+        states: list[Tensor] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The images of one block after the other: the index of its first, and (n, C, H, W).
+
+        Those blocks for whose number `only` holds, when the first is drawn; they are what they are among all. `states`
+        collects the trajectory of each, (steps + 1, n, C, H, W) on the CPU. Otherwise as a call, and checked at once.
+        """
+        y = _labels(labels, self.model)
+        scale = _cfg_scale(cfg_scale, self.model, len(y))
+        seeds = _seeds(seed, generator, next(self.model.parameters()).device, len(y))
+        size = 64 if batch_size is None else _whole_number("batch_size", batch_size, 1, 2**31 - 1)
+        return self._draw(y, scale, seeds, generator, size, only, progress, states)
+
+    def _draw(
+        self,
+        y: Tensor,
+        scale: float | Tensor,
+        seeds: int | list[int],
+        generator: torch.Generator | None,
+        size: int,
+        only: Callable[[int], bool] | None,
+        progress: bool,
+        states: list[Tensor] | None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        model = self.model
+        device = next(model.parameters()).device
+        shape, dtype = (model.in_channels, *model.input_size), _state_dtype(model)
+        every = range((len(y) + size - 1) // size)
+        numbers = [number for number in every if only is None or only(number)]
+        count = sum(len(y[number * size : (number + 1) * size]) for number in numbers)
+        with _bar(count, self.diffusion.num_timesteps, progress) as bar:
+            for number in numbers:
+                rows = slice(number * size, min(len(y), (number + 1) * size))
+                n = rows.stop - rows.start
+                trajectory: list[Tensor] | None = None if states is None else []
+                # Ordinary tensors even where the caller is in inference mode. Not around the loop: what is
+                # drawn goes out between two blocks, and the caller's own modes hold there.
+                with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+                    images = self._engine(device, dtype).block(
+                        y[rows].to(device),
+                        _block_scale(scale, rows, device),
+                        _noise(seeds, generator, rows.start, size, n, shape, device, dtype),
+                        dtype,
+                        bar,
+                        trajectory,
+                    )
+                    _require_finite(images, rows.start)
+                    if states is not None and trajectory is not None:
+                        states.append(torch.stack(trajectory).cpu())
+                yield rows.start, images
+
+    def _engine(self, device: torch.device, dtype: torch.dtype) -> Engine:
+        if (device, dtype) not in self.engines:
+            steps = make_steps(self.diffusion, self.kind, self.eta, device, dtype)
+            self.engines[device, dtype] = Engine(
+                self.model, self.diffusion, steps, **self.engine_options
+            )
+        return self.engines[device, dtype]
+
+
+def _noise(
+    seeds: int | list[int],
+    generator: torch.Generator | None,
+    start: int,
+    batch_size: int,
+    count: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Noise:
+    if generator is not None:
+        return BlockNoise(generator, (count, *shape), count, dtype)
+    if isinstance(seeds, list):
+        own = [sample_generator(each, device) for each in seeds[start : start + count]]
+        return SampleNoise(own, shape, dtype)
+    block = block_generator(seeds, start // batch_size, device)
+    return BlockNoise(block, (batch_size, *shape), count, dtype)
+
+
+def _block_scale(scale: float | Tensor, rows: slice, device: torch.device) -> Tensor | None:
+    """The scales of a block (n,), or None where there is no guidance at all."""
+    if _is_one(scale):
+        return None
+    if isinstance(scale, Tensor):
+        return scale[rows].to(device, torch.float32)
+    return torch.full((rows.stop - rows.start,), scale, device=device)
 
 
 def _is_one(cfg_scale: float | Tensor) -> bool:
@@ -293,6 +418,48 @@ def _cfg_scale(cfg_scale: float | Tensor, model: DiT, count: int) -> float | Ten
     return scale
 
 
+def _guided(
+    interval: tuple[float, float] | None, diffusion: GaussianDiffusion, options: dict[str, Any]
+) -> list[bool]:
+    """Of every step, whether it lies in the interval of guidance."""
+    if interval is None:
+        return [True] * diffusion.num_timesteps
+    pair = list(interval) if isinstance(interval, (tuple, list)) else []
+    if len(pair) != 2:
+        raise TypeError(f"guidance_interval={interval!r}: expected (low, high) or None")
+    low, high = (_require_number("guidance_interval", each) for each in pair)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval={interval!r}: allowed is 0 <= low <= high <= 1")
+    last = max(1, options.get("diffusion_steps", 1000) - 1)
+    return [low <= t / last <= high for t in diffusion.timestep_map]
+
+
+def _seeds(
+    seed: int | Sequence[int] | Tensor,
+    generator: torch.Generator | None,
+    device: torch.device,
+    count: int,
+) -> int | list[int]:
+    """`seed` as one number or as a list of one for each image, checked."""
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator={generator!r}: expected a torch.Generator")
+        if generator.device != device:
+            raise ValueError(f"generator: is on {generator.device}, the model on {device}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed != 0:
+            raise ValueError(f"seed={seed!r} and a generator: allowed is one of the two")
+        return 0
+    if isinstance(seed, Tensor) and seed.ndim == 1:
+        seed = seed.tolist()
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise ValueError(
+                f"seed: {len(seed)} for {count} labels: allowed is one, or one for each"
+            )
+        return [_whole_number("seed", each, 0, 2**63 - 1) for each in seed]
+    return _whole_number("seed", seed, 0, 2**63 - 1)
+
+
 def _require_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name}={value!r}: expected a number")
@@ -313,10 +480,10 @@ def _whole_number(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def _require_finite(images: Tensor) -> None:
+def _require_finite(images: Tensor, start: int) -> None:
     broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise FloatingPointError(
             f"sample: {len(broken)} of {len(images)} images hold NaN or Inf, the first is image "
-            f"{broken[0]}; the weights or cfg_scale are the likely cause"
+            f"{start + broken[0]}; the weights or cfg_scale are the likely cause"
         )

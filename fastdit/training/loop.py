@@ -350,7 +350,7 @@ class Trainer:
             f"{model.in_channels}x{height}x{width}\n"
             f"data    {config.data}, {len(self.dataset):,} images in {classes:,} classes"
             f"{'' if config.vae is None else f', latents of {config.vae}'}\n"
-            f"device  {device}, {config.precision}, compile {config.compile}\n"
+            f"device  {device}, {config.precision}, compile {config.compile}, attention in {self._attention()}\n"
             f"run     {self.folder}, step {self.step:,} of {config.steps:,}",
             flush=True,
         )
@@ -364,6 +364,11 @@ class Trainer:
         checkpoint.remove_unfinished(self.folder)
         drop_after(self.folder / "metrics.jsonl", self.step)
         files.write_json(self.folder / "config.json", _stored(config))
+
+    def _attention(self) -> str:
+        with self._autocast():
+            used = self.model.attention_in_use(self.config.batch_size, training=True)
+        return ", ".join(dict.fromkeys(used.values()))
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.load_state(path)

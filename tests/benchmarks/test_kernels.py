@@ -65,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_file_an_operation() -> None:
     assert OPERATIONS == [
         "adamw_ema",
+        "attention",
         "diffusion_step",
         "gated_residual",
         "gated_residual_layer_norm_modulate",
@@ -113,7 +114,12 @@ def test_every_provider_of_every_case_is_there(folder: Path) -> None:
         for case in module.cases(SMALL):
             place = (f"kernels-{operation}", f"{operation} {case.direction}", case.dtype)
             more = {"mlp_gelu": {"products"}, "adamw_ema": {"fused"}}.get(operation, set())
-            assert found.pop(place) == expected | more
+            if (
+                operation == "attention"
+            ):  # every backend, whether it can run or not, by a row or its reason
+                assert found.pop(place) >= expected | {"sdpa", "sdpa_flash"}
+            else:
+                assert found.pop(place) == expected | more
     assert {case for _, case, _ in found} == {
         "dispatch no gradient",
         "dispatch forward",

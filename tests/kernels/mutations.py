@@ -66,6 +66,7 @@ class Outcome:
 ROWS, NORM, GATED = "kernels/rows.py", "kernels/layer_norm_modulate.py", "kernels/gated_residual.py"
 SEAM = "kernels/gated_residual_layer_norm_modulate.py"
 GELU, STEP, ADAMW = "kernels/mlp_gelu.py", "kernels/diffusion_step.py", "kernels/adamw_ema.py"
+ATTENTION = "kernels/attention.py"
 PATCHIFY, UNPATCHIFY = "kernels/patchify.py", "kernels/unpatchify.py"
 RECOMPUTED = "fastdit/ops/recomputed.py"
 
@@ -104,6 +105,10 @@ def _step(case: int) -> tuple[str, ...]:
 
 def _adamw(name: str) -> tuple[str, ...]:
     return _tests("adamw_ema", f"{name}-interpreter]")
+
+
+def _attention(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/kernels/test_attention.py::{name}" for name in names)
 
 
 def _offsets(stem: str) -> tuple[str, ...]:
@@ -1085,6 +1090,238 @@ MUTATIONS = (
         "(len(chunks),),",
         "(max(1, len(chunks) - 1),),",
         _adamw("test_kernel_sizes[[(4097,)]-float32"),
+    ),
+    # attention.py
+    Mutation(
+        "attention: scale not in the scores",
+        ATTENTION,
+        "    return scale * LOG2_E.value",
+        "    return LOG2_E.value",
+        _attention("test_scale[2.0]"),
+    ),
+    Mutation(
+        "attention: scale without log2(e)",
+        ATTENTION,
+        "    return scale * LOG2_E.value",
+        "    return scale",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: no scale of dq",
+        ATTENTION,
+        "_scaled(sums, scale), dq_at",
+        "sums, dq_at",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: no scale of dk",
+        ATTENTION,
+        "_scaled(dk_sums, scale), dkv_at",
+        "dk_sums, dkv_at",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: keys past the last have a score",
+        ATTENTION,
+        'score = tl.where(inside[None, :], score, float("-inf"))',
+        "pass",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: keys past the last have a score of zero",
+        ATTENTION,
+        'score = tl.where(inside[None, :], score, float("-inf"))',
+        "score = tl.where(inside[None, :], score, 0.0)",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: keys past the last have a weight, backward",
+        ATTENTION,
+        "            p = tl.where((tl.arange(0, BLOCK_S) < keys - start)[None, :], p, 0.0)\n",
+        "            pass\n",
+        _attention("test_very_negative_scores[37-float32]"),
+    ),
+    Mutation(
+        "attention: no mask of rows",
+        ATTENTION,
+        "inside = inside & (tl.arange(0, ROWS) < rows)[:, None]",
+        "pass",
+        _attention("test_tokens_beyond_a_slice_are_not_read_and_not_written"),
+    ),
+    Mutation(
+        "attention: no mask of columns",
+        ATTENTION,
+        "inside = inside & (tl.arange(0, WIDTH) < COLUMNS)[None, :]",
+        "pass",
+        _attention("test_heads_and_samples_are_not_mixed", "test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: tail of K not in the scores",
+        ATTENTION,
+        '        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")\n',
+        "        pass\n",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: tail of K from the first columns",
+        ATTENTION,
+        "rows + MAIN + tl.arange(0, TAIL)[None, :]",
+        "rows + tl.arange(0, TAIL)[None, :]",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: tail of K not in delta",
+        ATTENTION,
+        "row_delta += tl.sum(arriving[1].to(tl.float32) * gave[1].to(tl.float32), 1)",
+        "pass",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: heads and samples swapped",
+        ATTENTION,
+        "sample = (program // H).to(tl.int64)\n    return pointer + sample * sample_stride * 8 + (program % H)",
+        "sample = (program % H).to(tl.int64)\n    return pointer + sample * sample_stride * 8 + (program // H)",
+        _attention("test_heads_and_samples_are_not_mixed"),
+    ),
+    Mutation(
+        "attention: one head for all",
+        ATTENTION,
+        "(program % H).to(tl.int64) * HEAD",
+        "0 * HEAD",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: lse in base 2",
+        ATTENTION,
+        "(largest + tl.log2(total)) / LOG2_E",
+        "largest + tl.log2(total)",
+        _attention("test_equal_scores_are_a_mean"),
+    ),
+    Mutation(
+        "attention: lse without the sum",
+        ATTENTION,
+        "(largest + tl.log2(total)) / LOG2_E",
+        "largest / LOG2_E",
+        _attention("test_equal_scores_are_a_mean"),
+    ),
+    Mutation(
+        "attention: lse taken in base 2 for dq",
+        ATTENTION,
+        "mask=token < tokens, other=0.0) * LOG2_E",
+        "mask=token < tokens, other=0.0)",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: lse taken in base 2 for dk and dv",
+        ATTENTION,
+        "tokens, BLOCK_T, WHOLE_T) * LOG2_E",
+        "tokens, BLOCK_T, WHOLE_T)",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: no delta in dq",
+        ATTENTION,
+        "(_inner(arriving, value) - row_delta[:, None])",
+        "_inner(arriving, value)",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: no delta in dk",
+        ATTENTION,
+        "(_inner(value, arriving) - row_delta)",
+        "_inner(value, arriving)",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: what was summed is not rescaled",
+        ATTENTION,
+        "_add_product(_scaled(attended, shrink[:, None]), p, value)",
+        "_add_product(attended, p, value)",
+        _attention("test_increasing_scores"),
+    ),
+    Mutation(
+        "attention: the sum is not rescaled",
+        ATTENTION,
+        "total = total * shrink + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+        _attention("test_increasing_scores"),
+    ),
+    Mutation(
+        "attention: the largest score is not kept",
+        ATTENTION,
+        "largest = tl.maximum(before, tl.max(score, 1) * scale_log2)",
+        "largest = tl.max(score, 1) * scale_log2",
+        _attention("test_increasing_scores"),
+    ),
+    Mutation(
+        "attention: no largest score is taken off",
+        ATTENTION,
+        "largest = tl.maximum(before, tl.max(score, 1) * scale_log2)",
+        "largest = tl.zeros([BLOCK_T], tl.float32)",
+        _attention("test_large_scores[float32]"),
+    ),
+    Mutation(
+        "attention: the first keys only",
+        ATTENTION,
+        "attended = _zeros(BLOCK_T, MAIN, TAIL)\n    for start in range(0, keys, BLOCK_S):",
+        "attended = _zeros(BLOCK_T, MAIN, TAIL)\n    for start in range(0, BLOCK_S, BLOCK_S):",
+        _attention("test_increasing_scores"),
+    ),
+    Mutation(
+        "attention: weights are not rounded to the inputs' dtype",
+        ATTENTION,
+        "    weights = weights.to(x[0].dtype)\n",
+        "    weights = weights.to(tl.float16)\n",
+        _attention("test_sizes[100-100-64-float32]"),
+    ),
+    Mutation(
+        "attention: dv from ds",
+        ATTENTION,
+        "dv_sums = _add_product(dv_sums, p, arriving)",
+        "dv_sums = _add_product(dv_sums, p * 0.5, arriving)",
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: a sample's offset in 32 bits",
+        ATTENTION,
+        "sample = (program // H).to(tl.int64)",
+        "sample = program // H",
+        _offsets("attention"),
+    ),
+    Mutation(
+        "attention: strides of v are not those of k",
+        ATTENTION,
+        "(k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())",
+        "(k, v)",
+        _attention("test_strides"),
+    ),
+    Mutation(
+        "attention: strides are not divided by 8",
+        ATTENTION,
+        "stride % STRIDE == 0 for size",
+        "True for size",
+        _attention("test_strides"),
+    ),
+    Mutation(
+        "attention: a gradient's strides ignored",
+        ATTENTION,
+        "dout, out, lse, q = dout.contiguous(), out",
+        "dout, out, lse, q = dout, out",
+        _attention("test_strides"),
+    ),
+    Mutation(
+        "attention: whole blocks where there are none",
+        ATTENTION,
+        '"WHOLE_S": k.shape[1] % tile.block_s == 0',
+        '"WHOLE_S": True',
+        _attention("test_sizes[3-3-72-float16]"),
+    ),
+    Mutation(
+        "attention: all queries are taken as whole blocks",
+        ATTENTION,
+        '"WHOLE_T": q.shape[1] % tile.block_t == 0',
+        '"WHOLE_T": True',
+        _attention("test_tokens_beyond_a_slice_are_not_read_and_not_written"),
     ),
     # recomputed.py
     Mutation(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # By kernel and class (a dtype at the sizes of a DiT, or the D of wider rows), whatever the capability. At most so many
 # registers a thread (rounded up to the 8 in which they are given out), bytes of shared memory a program, bytes of stack
 # a thread (0 where it is not said), barriers, narrow loads and stores; at least so many bits in the widest load and
-# store.
+# store, and instructions for the tensor cores.
 _FILE = json.loads((Path(__file__).parent / "limits.json").read_text())
 LIMITS = _FILE["limits"]
 MORE = _FILE["more in triton 3.6"] if triton.__version__.startswith("3.6.") else {}
@@ -71,7 +71,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"local_accesses {row['local_accesses']} without a stack")
     more = MORE.get(row["kernel"], {}).get(kind(row), {})
     for name, limit in {"stack_bytes": 0, **limits, **more}.items():
-        wrong = row[name] < limit if name.startswith("widest") else row[name] > limit
+        least = name.startswith(("widest", "tensor_core"))
+        wrong = row[name] < limit if least else row[name] > limit
         if wrong:
             found.append(f"{name} {row[name]}, limit {limit}")
     what = ", ".join(str(row[k]) for k in ("kernel", "case", "shape", "dtype"))

@@ -1,0 +1,487 @@
+"""The engine: a recording gives the same bits as single steps, whatever changes between the calls."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastdit import DiT, Sampler, create_diffusion, sample
+from fastdit.sampling import engine as engine_module
+from fastdit.sampling.engine import CHUNK, Engine
+from fastdit.sampling.samplers import make_steps
+from fastdit.testing import assert_same_bits, assert_trajectory_close
+
+from .recording import NoSync, Recording
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parents[1] / "golden"
+STEPS = 9  # more than what is worth a recording
+
+
+def make_model(seed: int = 0, **changes: Any) -> DiT:
+    torch.manual_seed(seed)
+    sizes = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model = DiT(**{**sizes, **changes})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> DiT:
+    return make_model()
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    monkeypatch.setattr(Engine, "capture", Recording)
+    monkeypatch.setattr(Recording, "made", [])
+    monkeypatch.setattr(Recording, "fail", False)
+    return Recording.made
+
+
+def draw(sampler: Sampler, labels: Any, **options: Any) -> Tensor:
+    return sampler(labels, **{"progress": False, **options})
+
+
+def stepwise(model: DiT, labels: Any, **options: Any) -> Tensor:
+    own = {
+        name: options.pop(name)
+        for name in ("steps", "sampler", "eta", "cfg_channels", "guidance_interval")
+        if name in options
+    }
+    return draw(Sampler(model, **{"steps": STEPS, **own}, cuda_graph=False), labels, **options)
+
+
+# ------------------------------------------------------------------ recordings and single steps
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"in_channels": 1, "input_size": (4, 8)}, {"depth": 1, "num_classes": 3}]
+)
+def test_the_same_bits(
+    recordings: list[Recording], changes: dict[str, Any], dtype: torch.dtype, cfg_scale: float
+) -> None:
+    """Three calls one after the other, with other seeds, labels and weights."""
+    model = make_model(**changes).to(dtype)
+    sampler = Sampler(model, steps=STEPS)
+    for call in range(3):
+        labels = [(call + i) % 3 for i in range(2)]
+        options = {"seed": call, "cfg_scale": cfg_scale}
+        assert_same_bits(
+            f"{call}", draw(sampler, labels, **options), stepwise(model, labels, **options)
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    (recording,) = recordings
+    assert recording.replays == 3 * STEPS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5},
+        {"sampler": "dpm++"},
+        {"guidance_interval": (0.2, 0.7)},
+        {"cfg_channels": "all"},
+    ],
+)
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
+def test_the_same_bits_in_every_mode(
+    recordings: list[Recording], options: dict[str, Any], conditioning: str
+) -> None:
+    model = make_model(conditioning=conditioning)
+    sampler = Sampler(model, steps=STEPS, **options)
+    for seed in (1, 2):
+        out = draw(sampler, [1, 2, 3], seed=seed)
+        assert_same_bits(str(options), out, stepwise(model, [1, 2, 3], seed=seed, **options))
+    assert len(recordings) == (2 if "guidance_interval" in options else 1)
+
+
+def test_more_steps_than_lie_ready(recordings: list[Recording], model: DiT) -> None:
+    steps = 2 * CHUNK + 3
+    out = draw(Sampler(model, steps=steps), [1, 2], seed=4)
+    assert_same_bits("images", out, stepwise(model, [1, 2], seed=4, steps=steps))
+
+
+def test_a_small_table(
+    recordings: list[Recording], model: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short fewer modulations lie ready, within what rounding leaves."""
+    expected = stepwise(model, [1, 2, 3], seed=4)
+    monkeypatch.setattr(engine_module, "TABLE_BYTES", 1)
+    for cuda_graph in (False, "auto"):
+        out = draw(Sampler(model, steps=STEPS, cuda_graph=cuda_graph), [1, 2, 3], seed=4)
+        assert_trajectory_close("images", out[None], expected[None])
+
+
+def test_numbers_are_not_baked_in(recordings: list[Recording], model: DiT) -> None:
+    """Guidance, labels, seeds: all of them reach a recording that is there already (G6, G8)."""
+    sampler = Sampler(model, steps=STEPS)
+    for options in (
+        {"cfg_scale": 2.0},
+        {"cfg_scale": 5.0},
+        {"cfg_scale": torch.tensor([1.0, 3.0])},
+        {"seed": 7},
+        {"seed": [7, 8]},
+    ):
+        out = draw(sampler, [1, 2], **options)
+        assert_same_bits(str(options), out, stepwise(model, [1, 2], **options))
+    assert_same_bits("labels", draw(sampler, [5, 9]), stepwise(model, [5, 9]))
+    assert len(recordings) == 1
+
+
+def test_results_are_never_the_memory_of_a_graph(recordings: list[Recording], model: DiT) -> None:
+    """G9."""
+    sampler = Sampler(model, steps=STEPS)
+    first = draw(sampler, [1, 2], seed=1)
+    kept = first.clone()
+    draw(sampler, [3, 4], seed=2)
+    assert_same_bits("first", first, kept)
+    first.fill_(torch.nan)
+    assert_same_bits("third", draw(sampler, [1, 2], seed=1), kept)
+
+
+def replace_layer(model: DiT) -> None:
+    model.blocks[0].attn.qkv = make_model(5).blocks[0].attn.qkv
+
+
+def replace_data(model: DiT) -> None:
+    model.blocks[1].mlp.fc1.weight.data = torch.randn_like(model.blocks[1].mlp.fc1.weight)
+
+
+def assign(model: DiT) -> None:
+    model.load_state_dict(make_model(6).state_dict(), assign=True)
+
+
+def in_place(model: DiT) -> None:
+    model.load_state_dict(make_model(7).state_dict())
+
+
+def other_dtype(model: DiT) -> None:
+    model.double()
+    model.float()
+
+
+def lora(model: DiT) -> None:
+    inner = model.blocks[0].attn.proj
+    model.blocks[0].attn.proj = nn.Sequential(inner, nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize(
+    "change", [replace_layer, replace_data, assign, in_place, other_dtype, lora]
+)
+def test_replaced_weights_are_noticed(
+    recordings: list[Recording], model: DiT, change: Callable[[DiT], None]
+) -> None:
+    """G14, G16."""
+    sampler = Sampler(model, steps=STEPS)
+    draw(sampler, [1, 2])
+    change(model)
+    assert_same_bits(change.__name__, draw(sampler, [1, 2]), stepwise(model, [1, 2]))
+
+
+def test_every_parameter_is_read(recordings: list[Recording]) -> None:
+    """Changed in place, one at a time: no copy of any weight is kept (G15)."""
+    model = make_model(depth=1)
+    sampler = Sampler(model, steps=STEPS)
+    draw(sampler, [1])
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.add_(0.05)
+        assert_same_bits(name, draw(sampler, [1]), stepwise(model, [1]))
+    assert len(recordings) == 1
+
+
+def test_hooks_are_called(recordings: list[Recording], model: DiT) -> None:
+    """G22: a replay would pass them over."""
+    sampler = Sampler(model, steps=STEPS)
+    draw(sampler, [1])
+    seen: list[int] = []
+    handle = model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match=r"without CUDA graphs: blocks\.0 has hooks"):
+        draw(sampler, [1])
+    assert len(seen) == STEPS
+    handle.remove()
+    replays = recordings[0].replays
+    draw(sampler, [1])
+    assert recordings[0].replays == replays + STEPS
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"cuda_graph=True: blocks\.0 has hooks"):
+        sample(model, [1], steps=STEPS, cuda_graph=True, progress=False)
+
+
+def test_the_number_of_recordings_is_bounded(recordings: list[Recording], model: DiT) -> None:
+    """G25; and all are let go together (G13)."""
+    sampler = Sampler(model, steps=STEPS, largest_number_of_graphs=3)
+    for n in range(1, 9):
+        out = draw(sampler, [1] * n)
+        assert_same_bits(f"{n}", out, stepwise(model, [1] * n))
+        assert sum(not one.released for one in recordings) <= 3
+    sampler.release()
+    assert all(one.released for one in recordings)
+    assert_same_bits("after", draw(sampler, [1]), stepwise(model, [1]))
+
+
+def test_a_failed_recording_falls_back(recordings: list[Recording], model: DiT) -> None:
+    """G11, G12."""
+    Recording.fail = True
+    sampler = Sampler(model, steps=STEPS)
+    with pytest.warns(UserWarning, match="recording a step failed: out of memory"):
+        out = draw(sampler, [1, 2])
+    assert_same_bits("fallback", out, stepwise(model, [1, 2]))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(model, [1], steps=STEPS, cuda_graph=True, progress=False)
+    Recording.fail = False
+    assert_same_bits("after", draw(sampler, [1, 2]), stepwise(model, [1, 2]))
+    assert len(recordings) == 1
+
+
+def test_stopped_in_the_middle(recordings: list[Recording], model: DiT) -> None:
+    """G28: Ctrl-C at any step leaves nothing that the next call would see."""
+    sampler = Sampler(model, steps=STEPS)
+    draw(sampler, [1, 2])
+    replay, calls = recordings[0].replay, []
+
+    def interrupted() -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        replay()
+
+    recordings[0].replay = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        draw(sampler, [3, 4])
+    assert_same_bits("next", draw(sampler, [1, 2]), stepwise(model, [1, 2]))
+
+
+def test_threads_take_turns(recordings: list[Recording], model: DiT) -> None:
+    """G29."""
+    sampler = Sampler(model, steps=STEPS)
+    expected = [stepwise(model, [i, i + 1], seed=i) for i in range(4)]
+    out: dict[int, Tensor] = {}
+
+    def run(i: int) -> None:
+        out[i] = draw(sampler, [i, i + 1], seed=i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert_same_bits(f"thread {i}", out[i], expected[i])
+    assert len(recordings) == 1
+
+
+def test_few_steps_are_not_worth_one(recordings: list[Recording], model: DiT) -> None:
+    sample(model, [1], steps=3, progress=False)
+    assert not recordings
+    out = sample(model, [1], steps=3, progress=False, cuda_graph=True)
+    assert_same_bits("three", out, stepwise(model, [1], steps=3))
+    assert len(recordings) == 1
+
+
+def test_on_the_cpu_there_are_none(model: DiT) -> None:
+    with pytest.raises(ValueError, match="cuda_graph=True: the model is on cpu"):
+        sample(model, [1], steps=STEPS, cuda_graph=True, progress=False)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
+def test_a_step_waits_for_nothing(sampler: Any, conditioning: str, guided: bool) -> None:
+    """G7: no number is read back from the device, none is sent there."""
+    model = make_model(conditioning=conditioning)
+    whole = Sampler(model, steps=4, sampler=sampler)._engine(CPU, torch.float32)
+    labels = torch.tensor([1, 2])
+    scale = torch.tensor([2.0, 2.0]) if guided else None
+    with torch.no_grad():
+        buffers = whole._allocate(labels, scale, conditioning == "adaln_zero", torch.float32)
+        whole._to_first_step(buffers)
+        with NoSync():
+            whole._step(buffers, guided)
+    assert buffers.step.item() == 2
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+class GivenNoise:
+    def __init__(self, start: Tensor, steps: Tensor) -> None:
+        self.first, self.steps, self.next = start, steps, 0
+
+    def start(self) -> Tensor:
+        return self.first
+
+    def step(self, out: Tensor) -> None:
+        out.copy_(self.steps[self.next])
+        self.next += 1
+
+
+@pytest.mark.parametrize("kind", ["ddpm10_cfg4", "ddim10"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_golden_trajectories(
+    kind: str, recorded: bool, recordings: list[Recording], golden_weights: dict[str, Tensor]
+) -> None:
+    """The original's own states, from its own noise."""
+    config = json.loads((GOLDEN / "tiny_dit.config.json").read_text())
+    model = DiT(**config).eval()
+    model.load_state_dict(golden_weights)
+    golden = load_file(GOLDEN / f"tiny_dit.{kind}.safetensors")
+    guided = kind.startswith("ddpm")
+    diffusion = create_diffusion("10" if guided else "ddim10")
+    steps = make_steps(diffusion, "ddpm" if guided else "ddim", 0.0, CPU, torch.float32)
+    count = len(golden["z"]) // 2 if guided else len(golden["z"])
+    engine = Engine(
+        model,
+        diffusion,
+        steps,
+        cfg_channels=3,
+        guided=[True] * 10,
+        cuda_graph="auto" if recorded else False,
+        largest_number_of_graphs=1,
+    )
+    states: list[Tensor] = []
+    with torch.no_grad():
+        engine.block(
+            golden["y"][:count],
+            torch.full((count,), 4.0) if guided else None,
+            GivenNoise(golden["z"][:count], golden["noise"][:, :count]),
+            torch.float32,
+            tqdm(disable=True),
+            states,
+        )
+    assert len(recordings) == recorded
+    assert_trajectory_close(kind, torch.stack(states[1:]), golden["trajectory"][:, :count])
+
+
+def test_modulations_are_those_of_every_step(model: DiT) -> None:
+    """Computed once or in every step: equal within the rounding of float32, here against float64."""
+    x, t, y = torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999]), torch.tensor([1, 10, 2])
+    with torch.no_grad():
+        expected = model.double().forward_tokens(x.double(), t, y)
+        plain = model.float().forward_tokens(x, t, y)
+        table = model.modulations(t, y)
+        out = model.forward_modulated(x, table)
+    error = (plain.double() - expected).norm()
+    assert (out.double() - expected).norm() <= 2 * error
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_dpm_solver_is_of_second_order(spread: float) -> None:
+    """Data that are normal with standard deviation s: the flow keeps x / sqrt(abar s² + 1 - abar), in closed form."""
+    errors = []
+    for steps in (80, 160, 320):
+        diffusion = create_diffusion(str(steps), learn_sigma=False, diffusion_steps=4000)
+        update = make_steps(diffusion, "dpm++", 0.0, CPU, torch.float64).update
+        abar = torch.from_numpy(diffusion.alphas_cumprod)
+        variance = abar * spread**2 + 1 - abar
+        x = torch.full((1, 1, 1, 1), 1.7, dtype=torch.float64)
+        start, memory = x.clone(), torch.zeros_like(x)
+        for i in range(steps - 1, 0, -1):  # the last step, to sigma = 0, is of first order
+            eps = (1 - abar[i]).sqrt() * x / variance[i]
+            x = update(eps.reshape(1, 1, 1), x, None, memory, torch.tensor([i]), patch_size=1)
+        exact = start * (variance[0] / variance[-1]).sqrt()
+        errors.append((x - exact).abs().item())
+    # Halving the steps' length divides the error by four, and not by two.
+    assert errors[0] / errors[1] > 3.5
+    assert errors[1] / errors[2] > 3.5
+
+
+def test_guidance_interval(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    plain = DiT.forward_modulated
+
+    def counting(self: DiT, x: Tensor, modulations: Tensor) -> Tensor:
+        counts.append(len(x))
+        return plain(self, x, modulations)
+
+    monkeypatch.setattr(DiT, "forward_modulated", counting)
+    # Timesteps 0, 111, 222, ... 999, from the last on.
+    draw_one = {"steps": 10, "progress": False, "cfg_scale": 3.0}
+    some = sample(model, [1], guidance_interval=(0.3, 0.7), **draw_one)
+    assert counts == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
+    every = sample(model, [1], guidance_interval=(0, 1), **draw_one)
+    assert_same_bits("all", every, sample(model, [1], **draw_one))
+    none = sample(model, [1], guidance_interval=(0.05, 0.06), **draw_one)
+    unguided = sample(model, [1], steps=10, progress=False, cfg_scale=1.0)
+    assert_trajectory_close("none", none[None], unguided[None])
+    assert not torch.equal(some, every)
+
+
+@pytest.mark.parametrize(
+    ("interval", "error"),
+    [
+        ((0.5, 0.2), ValueError),
+        ((-0.1, 0.2), ValueError),
+        ((0.1, 1.2), ValueError),
+        ((0.1, float("nan")), ValueError),
+        (0.5, TypeError),
+        ((0.1,), TypeError),
+    ],
+)
+def test_bad_intervals(model: DiT, interval: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="guidance_interval"):
+        sample(model, [1], steps=2, guidance_interval=interval)
+
+
+# ------------------------------------------------------------------ noise
+
+
+def test_images_with_their_own_seeds(model: DiT) -> None:
+    """An image depends on its seed and nothing beside it."""
+    together = stepwise(model, [1, 2, 3], seed=[5, 6, 7])
+    for i, seed in enumerate([5, 6, 7]):
+        alone = stepwise(model, [i + 1], seed=torch.tensor([seed]), batch_size=1)
+        assert_trajectory_close(f"image {i}", together[None, i : i + 1], alone[None])
+    other = stepwise(model, [1, 2, 3], seed=[5, 6, 8])
+    assert not torch.equal(other[2], together[2])
+    with pytest.raises(ValueError, match="seed: 2 for 3 labels"):
+        stepwise(model, [1, 2, 3], seed=[5, 6])
+
+
+def test_a_generator(model: DiT) -> None:
+    """Draws as the original does: x_T, then the noise of every step."""
+    drawn = [stepwise(model, [1, 2], generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert_same_bits("again", *drawn)
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn(2, 4, 4, 4, generator=generator) for _ in range(STEPS + 1)]
+    diffusion = create_diffusion(str(STEPS))
+    with torch.no_grad():
+        expected = diffusion.p_sample_loop(
+            lambda x, t: model.forward_with_cfg(
+                torch.cat([x, x]), torch.cat([t, t]), torch.tensor([1, 2, 10, 10]), 1.5
+            )[:2],
+            (2, 4, 4, 4),
+            noise[0],
+            clip_denoised=False,
+            step_noise=torch.stack(noise[1:]),
+        )
+    assert_trajectory_close("loop", drawn[0][None], expected[None])
+    with pytest.raises(ValueError, match="seed=3 and a generator"):
+        stepwise(model, [1], seed=3, generator=generator)
+
+
+def test_trajectory(model: DiT) -> None:
+    images, states = sample(
+        model, [1, 2, 3], steps=5, batch_size=2, return_trajectory=True, progress=False
+    )
+    assert states.shape == (6, 3, 4, 4, 4)
+    assert_same_bits("last", states[-1], images)
+    assert len({state.sum().item() for state in states}) == 6
+    images, states = sample(model, [], steps=5, return_trajectory=True, progress=False)
+    assert (len(images), states.shape) == (0, (6, 0, 4, 4, 4))

@@ -1,0 +1,211 @@
+"""Many images on disk: the same bytes from any number of processes, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdit import DiT, Sampler, sample, save_pretrained
+from fastdit.sampling import World, draw_to_disk, to_uint8
+
+ROOT = Path(__file__).parents[2]
+LABELS = [i % 4 for i in range(10)]
+
+
+@pytest.fixture
+def model() -> DiT:
+    model = DiT(input_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def keep(images: Tensor) -> Tensor:
+    return images
+
+
+def draw(model: DiT, out: Path, among: World = World(), **changes: Any) -> None:  # noqa: B008
+    options: dict[str, Any] = {
+        "plan": {"seed": 3},
+        "decode": keep,
+        "cfg_scale": 2.0,
+        "seed": 3,
+        "batch_size": 3,
+        "among": among,
+        "progress": False,
+    }
+    draw_to_disk(Sampler(model, steps=4), LABELS, str(out), **(options | changes))
+
+
+def expected(model: DiT) -> np.ndarray:
+    drawn = sample(model, LABELS, steps=4, cfg_scale=2.0, seed=3, batch_size=3, progress=False)
+    return to_uint8(drawn)
+
+
+def test_the_librarys_images(model: DiT, tmp_path: Path) -> None:
+    draw(model, tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as opened:
+        assert np.array_equal(opened["arr_0"], expected(model))
+        assert opened["arr_1"].tolist() == LABELS
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_goes_on_after_a_kill(model: DiT, tmp_path: Path) -> None:
+    """What is there is not drawn again; the end is the same bytes."""
+    draw(model, tmp_path / "whole.npz")
+    decoded: list[int] = []
+
+    def broken(images: Tensor) -> Tensor:
+        if len(decoded) == 2:
+            raise Killed
+        decoded.append(len(images))
+        return images
+
+    with pytest.raises(Killed):
+        draw(model, tmp_path / "x.npz", decode=broken)
+    assert not (tmp_path / "x.npz").exists()
+    parts = tmp_path / "x.npz.parts"
+    assert sorted(path.name for path in parts.iterdir()) == [
+        "00000000.npy",
+        "00000001.npy",
+        "plan.json",
+    ]
+    (parts / ".tmp-00000002.npy-1-ab.npy").write_bytes(b"half")
+    decoded = []
+    draw(model, tmp_path / "x.npz", decode=lambda images: decoded.append(len(images)) or images)
+    assert decoded == [3, 1]
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert not parts.exists()
+
+
+def test_parts_of_another_draw_are_not_taken(model: DiT, tmp_path: Path) -> None:
+    def broken(images: Tensor) -> Tensor:
+        raise Killed
+
+    with pytest.raises(Killed):
+        draw(model, tmp_path / "x.npz", decode=broken)
+    with pytest.raises(FileExistsError, match=r"x\.npz\.parts: holds parts .* seed=3 and not 4"):
+        draw(model, tmp_path / "x.npz", plan={"seed": 4}, seed=4)
+
+
+def test_bad_options_leave_nothing(model: DiT, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size=0"):
+        draw(model, tmp_path / "x.npz", batch_size=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_the_blocks(
+    model: DiT, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks in turn: every image once. One after the other here, so the first to end is not the last."""
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    draw(model, tmp_path / "whole.npz")
+    counts = []
+    for rank in reversed(range(size)):
+        drawn: list[int] = []
+        (tmp_path / "x.npz.parts").mkdir(exist_ok=True)
+        draw(
+            model,
+            tmp_path / "x.npz",
+            World(rank, size, rank),
+            decode=lambda images: drawn.append(len(images)) or images,  # noqa: B023
+        )
+        counts.append(sum(drawn))
+    assert sum(counts) == len(LABELS)
+    assert min(counts) > 0
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def command(folder: Path, out: str) -> list[str]:
+    options = ["--num", "24", "--batch-size", "2", "--steps", "6", "--out", out]
+    return [sys.executable, "-m", "fastdit", "sample", str(folder), *options]
+
+
+def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def checkpoint(folder: Path, model: DiT) -> Path:
+    folder.mkdir()
+    save_pretrained(model, folder)
+    description = {
+        "format": 1,
+        "model": model.config,
+        "classes": list("abcd"),
+        "diffusion": {"learn_sigma": True, "noise_schedule": "linear"},
+        "images": {"space": "pixels", "image_size": 4, "channels": 3},
+    }
+    (folder / "model.json").write_text(json.dumps(description))
+    (folder / "model.safetensors").rename(folder / "ema.safetensors")
+    return folder
+
+
+def test_two_real_processes_killed_and_started_again(model: DiT, tmp_path: Path) -> None:
+    """As torchrun starts them; the first time both are killed once some parts are there."""
+    pytest.importorskip("tyro")
+    folder = checkpoint(tmp_path / "model", model)
+    arguments = command(folder, "x.npz")
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+
+    def both(port: int) -> list[subprocess.Popen[str]]:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        return [start(arguments, tmp_path, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+
+    processes = both(port)
+    try:
+        parts = tmp_path / "x.npz.parts"
+        until = time.monotonic() + 120
+        while len(list(parts.glob("0*.npy"))) < 2 and time.monotonic() < until:
+            assert (
+                all(process.poll() is None for process in processes)
+                or (tmp_path / "x.npz").exists()
+            )
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    for process in both(port):
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    one = sample(
+        model,
+        [i % 4 for i in range(24)],
+        steps=6,
+        batch_size=2,
+        progress=False,
+        learn_sigma=True,
+    )
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as opened:
+        assert np.array_equal(opened["arr_0"], to_uint8(one))
+    assert json.loads((tmp_path / "x.npz.json").read_text())["num"] == 24
+    assert not torch.equal(one[0], one[4])
