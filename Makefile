@@ -40,6 +40,8 @@ gpu:
 	$(PYTHON) -m pytest -m gpu -p no:cacheprovider -o filterwarnings=default -q $(GPU_TESTS)
 	-$(PYTHON) -m pytest benchmarks/kernels --benchmark-only --quick --save -p no:cacheprovider -o filterwarnings=default
 	$(PYTHON) benchmarks/compile_matrix.py --quick
+	$(PYTHON) benchmarks/attention_registry.py
+	$(PYTHON) benchmarks/sampling.py --quick
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

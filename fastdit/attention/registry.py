@@ -86,15 +86,17 @@ def fastest(device: str, key: Key) -> list[str]:
     return sorted(seconds, key=lambda backend: seconds[backend])
 
 
-def save(device: str, measured: Iterable[tuple[Key, str, float]]) -> Path:
-    """Adds (key, backend, seconds) to this user's file for the device; the file.
+def save(
+    device: str, measured: Iterable[tuple[Key, str, float]], folder: Path | None = None
+) -> Path:
+    """Adds (key, backend, seconds) to the device's file in `folder`, by default this user's; the file.
 
     What is measured of a key replaces all that was known of it.
     """
     found: Entries = {}
     for key, backend, seconds in measured:
         found.setdefault(key, {})[backend] = seconds
-    folder = cache_folder() / "attention"
+    folder = cache_folder() / "attention" if folder is None else folder
     folder.mkdir(exist_ok=True)
     path = folder / file_name(device)
     known = _from_json(path, device) if path.exists() else {}

@@ -128,6 +128,51 @@ def test_sizes(t: int, s: int, head_dim: int, dtype: torch.dtype) -> None:
     assert_attention_close(*draw(n, t, s, heads, head_dim, dtype))
 
 
+LONG = [(1024, 1024, 72, BFLOAT16), (1024, 1024, 64, FLOAT16), (4096, 4096, 72, FLOAT16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("t", "s", "head_dim", "dtype"), LONG, ids=identify)
+def test_long_sequences(t: int, s: int, head_dim: int, dtype: torch.dtype) -> None:
+    assert_attention_close(*draw(1, t, s, 1, head_dim, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("t", "s", "head_dim", "dtype"), [*CASES, *LONG], ids=identify)
+def test_on_a_gpu(t: int, s: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Many heads, so that programs run beside each other."""
+    assert_attention_close(*draw(4, t, s, 8, head_dim, dtype))
+
+
+@pytest.mark.gpu
+def test_the_same_bits_a_thousand_times() -> None:
+    q, k, v = draw(8, 256, 256, 16, 72, BFLOAT16)
+    dout = torch.randn_like(q)
+    out, lse, gradients = run(q, k, v, dout, 0.125)
+    for _ in range(1000):
+        again, again_lse, again_gradients = run(q, k, v, dout, 0.125)
+        assert torch.equal(again, out)
+        assert torch.equal(again_lse, lse)
+        assert all(map(torch.equal, again_gradients, gradients))
+
+
+@pytest.mark.gpu
+def test_captured_and_replayed() -> None:
+    q, k, v = draw(2, 256, 256, 16, 72, BFLOAT16)
+    dout = torch.randn_like(q)
+    run(q, k, v, dout, 0.125)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _, gradients = run(q, k, v, dout, 0.125)
+    for x in (q, k, v, dout):
+        x.normal_()
+    graph.replay()
+    expected_out, _, expected_gradients = run(q, k, v, dout, 0.125)
+    assert_same_bits("out", out, expected_out)
+    for name, found, wanted in zip(("dq", "dk", "dv"), gradients, expected_gradients, strict=True):
+        assert_same_bits(name, found, wanted)
+
+
 @pytest.mark.parametrize("head_dim", sorted({*range(8, 136, 8)} - {*HEAD_DIMS}))
 def test_every_other_head_dim(head_dim: int) -> None:
     """Nothing comes from beyond K: the gradients of a K that is padded are those of one that is not."""
