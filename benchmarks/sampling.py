@@ -11,8 +11,10 @@ with guidance, timed in turns. Needs torch, numpy and this source tree.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +96,35 @@ def diffusers_model(model: DiT) -> Any:
     return peer.to(weights.device, weights.dtype).eval()
 
 
+def shares(model: DiT, labels: int, steps: int) -> dict[str, float]:
+    """Milliseconds a run for what is made before its steps: all modulations, for so many labels and the null label, 16
+    steps at a time, and the table of coefficients."""
+    device = next(model.parameters()).device
+    diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
+    t = torch.tensor(diffusion.timestep_map, device=device)
+    y = torch.arange(labels + 1, device=device) % (model.num_classes + 1)
+
+    def table() -> None:
+        with torch.no_grad():
+            for some in t.split(16):
+                model.modulations(some.repeat_interleave(len(y)), y.repeat(len(some)))
+
+    found = {}
+    for name, make in {
+        "conditioning table": table,
+        "step table": lambda: diffusion.step_table("ddpm", device=device),
+    }.items():
+        times = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            make()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        found[name] = 1e3 * statistics.median(times[1:])
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
@@ -144,6 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for row in measured
     ]
+    for batch in [1, 32] if options.quick else options.batch:
+        for name, milliseconds in shares(
+            model, min(batch, model.num_classes), options.steps
+        ).items():
+            shape = {"N": batch, "T": options.tokens, "steps": options.steps}
+            a_step = 1e3 * milliseconds / options.steps
+            rows.append(replace(template, provider=f"fastdit, {name}", shape=shape, value=a_step))
+            print(f"batch {batch}  {name} {milliseconds / options.steps:.3f} ms a step")
     for row in measured:
         print(*(f"{name} {value}" for name, value in row.items()), sep="  ")
     if options.depth is None:

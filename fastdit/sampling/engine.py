@@ -307,7 +307,8 @@ class Engine:
     def _capture_ready(self) -> Iterator[None]:
         """Autocast without its cache of cast weights: a recording would keep what the cache frees."""
         device = next(self.model.parameters()).device
-        if self.cuda_graph is False or device.type != "cuda" or not autocast_enabled(device):
+        recorded = self.cuda_graph is not False and device.type in self.capture.devices
+        if not (recorded and autocast_enabled(device)):
             yield
             return
         dtype = torch.get_autocast_dtype(device.type)

@@ -29,7 +29,7 @@ class CudaGraph:
     def __init__(
         self, function: Callable[[], None], reset: Callable[[], None], device: torch.device
     ) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.device = torch.cuda.CUDAGraph(), device
         stream = torch.cuda.Stream(device)
         with torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
@@ -43,7 +43,8 @@ class CudaGraph:
                 function()
 
     def replay(self) -> None:
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
 
     def release(self) -> None:
         self.graph.reset()

@@ -142,6 +142,7 @@ class Sampler:
         largest_number_of_graphs: int = 4,
         **diffusion_options: Any,
     ) -> None:
+        _require_model(model)
         diffusion = _diffusion(model, steps, sampler, diffusion_options)
         _require_number("eta", eta)
         if not 0 <= eta <= (1 if sampler == "ddim" else 0):
@@ -341,6 +342,13 @@ def _bar(images: int, steps: int, progress: bool) -> tqdm[Any]:
 
 
 # ------------------------------------------------------------------ checks, once at the entry
+
+
+def _require_model(model: Any) -> None:
+    for name in ("in_channels", "input_size", "num_classes", "null_label", "learn_sigma"):
+        if not hasattr(model, name):
+            inner = "; pass model.module" if isinstance(getattr(model, "module", None), DiT) else ""
+            raise TypeError(f"model: a {type(model).__name__} has no {name}{inner}")
 
 
 def _labels(labels: Sequence[int] | Tensor, model: DiT) -> Tensor:

@@ -485,3 +485,42 @@ def test_trajectory(model: DiT) -> None:
     assert len({state.sum().item() for state in states}) == 6
     images, states = sample(model, [], steps=5, return_trajectory=True, progress=False)
     assert (len(images), states.shape) == (0, (6, 0, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sampler": "euler"}, ValueError, "sampler='euler'"),
+        ({"sampler": "dpm++", "eta": 0.5}, ValueError, "eta=0.5"),
+        ({"cuda_graph": "maybe"}, ValueError, "cuda_graph='maybe'"),
+        ({"generator": [torch.Generator()]}, TypeError, "generator=.*expected a torch.Generator"),
+        ({"seed": "7"}, TypeError, "seed='7'"),
+        ({"seed": [1, -1]}, ValueError, "seed=-1"),
+        ({"seed": [True, 2]}, TypeError, "seed=True"),
+        ({"steps": 0, "sampler": "dpm++"}, ValueError, "steps=0"),
+    ],
+)
+def test_bad_options(
+    model: DiT, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sample(model, [1, 2], **({"steps": 2, "progress": False} | options))
+
+
+def test_few_steps_of_every_sampler(model: DiT) -> None:
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        for steps in (1, 2, 3):
+            out = sample(model, [1], steps=steps, sampler=sampler, progress=False)
+            assert out.isfinite().all()
+
+
+def test_wrapped_models(recordings: list[Recording], model: DiT) -> None:
+    """G30: a compiled model is called, one in a wrapper that hides what it is has to be taken out of it."""
+    compiled = torch.compile(model, backend="eager")
+    out = sample(compiled, [1, 2], steps=STEPS, progress=False)
+    expected = stepwise(model, [1, 2])
+    assert_trajectory_close("compiled", out[None], expected[None])
+    with pytest.raises(
+        TypeError, match=r"model: a DataParallel has no in_channels; pass model\.module"
+    ):
+        sample(nn.DataParallel(model), [1])

@@ -1,0 +1,285 @@
+"""What goes wrong with CUDA graphs, on a GPU and, as far as there is no difference, with the recordings of the CPU.
+
+The oracle is always the same: a replay gives the bits of single steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdit import DiT, Sampler, create_diffusion
+from fastdit.sampling.engine import Engine
+from fastdit.testing import assert_same_bits
+
+from .recording import Recording
+
+ROOT = Path(__file__).parents[2]
+STEPS = 9
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "cpu":
+        monkeypatch.setattr(Engine, "capture", Recording)
+        monkeypatch.setattr(Recording, "made", [])
+        monkeypatch.setattr(Recording, "fail", False)
+    yield request.param
+    if request.param == "cuda":
+        torch.cuda.synchronize()  # an illegal access belongs to the test that made it
+
+
+def make_model(device: str, seed: int = 0, **changes: Any) -> DiT:
+    torch.manual_seed(seed)
+    sizes = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model = DiT(**{**sizes, **changes})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval().to(device)
+
+
+def both(model: DiT, labels: list[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
+    """The images by a graph, after they were found to be those of single steps."""
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True) if sampler is None else sampler
+    single = Sampler(model, steps=STEPS, cuda_graph=False)
+    out: Tensor = sampler(labels, progress=False, **options)
+    assert_same_bits("images", out, single(labels, progress=False, **options))
+    return out
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"input_size": (8, 16)}, {"hidden_size": 144, "in_channels": 1}]
+)
+def test_the_same_bits(
+    device: str, changes: dict[str, Any], dtype: torch.dtype, cfg_scale: float
+) -> None:
+    model = make_model(device, **changes).to(dtype)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    seen = []
+    for call in range(3):
+        seen.append(both(model, [call, call + 1], sampler, seed=call, cfg_scale=cfg_scale))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.05)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_generators_go_on(device: str) -> None:
+    """G1 to G5: noise is drawn outside of the graph, so its stream is that of single steps, before and after."""
+    model = make_model(device)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    generators = [torch.Generator(device).manual_seed(3) for _ in range(2)]
+    single = Sampler(model, steps=STEPS, cuda_graph=False)
+    for _ in range(2):
+        out = sampler([1, 2], generator=generators[0], progress=False)
+        assert_same_bits("images", out, single([1, 2], generator=generators[1], progress=False))
+    drawn = [torch.randn(4, generator=each, device=device) for each in generators]
+    assert_same_bits("what comes next", *drawn)
+    torch.manual_seed(5)
+    expected = torch.randn(4, device=device)
+    torch.manual_seed(5)
+    both(model, [1])
+    assert_same_bits("the global one", torch.randn(4, device=device), expected)
+
+
+def test_a_failed_recording_leaves_everything_usable(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G11, G12: the exception is raised inside of the capture."""
+    model = make_model(device)
+    calls: list[int] = []
+    plain = DiT.forward_modulated
+
+    def failing(self: DiT, x: Tensor, modulations: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == (2 if device == "cpu" else 4):  # after the warm-ups
+            raise RuntimeError("out of memory")
+        return plain(self, x, modulations)
+
+    monkeypatch.setattr(DiT, "forward_modulated", failing)
+    with pytest.warns(UserWarning, match="recording a step failed: out of memory"):
+        out = Sampler(model, steps=STEPS)([1, 2], progress=False)
+    monkeypatch.undo()
+    if device == "cpu":
+        monkeypatch.setattr(Engine, "capture", Recording)
+    assert_same_bits(
+        "fallback", out, Sampler(model, steps=STEPS, cuda_graph=False)([1, 2], progress=False)
+    )
+    both(model, [1, 2])
+    model(
+        torch.randn(1, 4, 8, 8, device=device),
+        torch.tensor([1], device=device),
+        torch.tensor([1], device=device),
+    ).sum().backward()
+
+
+def test_shapes_in_any_order(device: str) -> None:
+    """G13, G23, G25: recordings share memory pools, some are let go, others replayed, with junk in between."""
+    model = make_model(device)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True, largest_number_of_graphs=3)
+    order = [1, 2, 3, 1, 3, 2, 4, 1, 5, 2, 4]
+    random.Random(0).shuffle(order)
+    for n in order:
+        both(model, list(range(n)), sampler)
+        junk = [torch.full((1 << 16,), torch.nan, device=device) for _ in range(4)]
+        del junk
+
+
+def test_autocast(device: str) -> None:
+    """G17: what autocast caches of the weights is freed when it ends."""
+    model = make_model(device)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    for _ in range(2):
+        with torch.autocast(device, torch.bfloat16):
+            both(model, [1, 2], sampler)
+        both(model, [1, 2], sampler)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+
+
+def test_right_after_a_training_step(device: str) -> None:
+    """G18."""
+    model = make_model(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    x, t = torch.randn(2, 4, 8, 8, device=device), torch.tensor([3, 500], device=device)
+    y = torch.tensor([1, 2], device=device)
+    for _ in range(2):
+        create_diffusion("").training_losses(model, x, t, {"y": y})["loss"].mean().backward()
+        optimizer.step()
+        both(model, [1, 2], sampler)
+        assert model.training
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("first", ["grad", "no_grad", "inference"])
+@pytest.mark.parametrize("second", ["grad", "no_grad", "inference"])
+def test_grad_modes(device: str, first: str, second: str) -> None:
+    """G19."""
+    modes = {
+        "grad": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference": torch.inference_mode,
+    }
+    model = make_model(device)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    for mode in (first, second):
+        with modes[mode]():
+            out = both(model, [1, 2], sampler)
+        assert not out.is_inference()
+
+
+def test_static_memory_outlives_the_callers(device: str) -> None:
+    """G27."""
+    model = make_model(device)
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    labels = torch.tensor([1, 2])
+    scale = torch.tensor([2.0, 3.0], device=device)
+    expected = sampler(labels, cfg_scale=scale, progress=False).clone()
+    del labels, scale
+    gc.collect()
+    junk = [torch.full((1 << 16,), torch.nan, device=device) for _ in range(8)]
+    again = sampler([1, 2], cfg_scale=torch.tensor([2.0, 3.0]), progress=False)
+    assert_same_bits("again", again, expected)
+    del junk
+
+
+# ------------------------------------------------------------------ only a GPU shows these
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing() -> None:
+    """G7."""
+    model = make_model("cuda")
+    engine = Sampler(model, steps=STEPS)._engine(torch.device("cuda", 0), torch.float32)
+    labels = torch.tensor([1, 2], device="cuda")
+    with torch.no_grad():
+        buffers = engine._allocate(labels, torch.ones(2, device="cuda"), True, torch.float32)
+        engine._to_first_step(buffers)
+        engine._step(buffers, True)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine._step(buffers, True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_first_call_of_a_process(tmp_path: Path) -> None:
+    """G10: no kernel is compiled or loaded inside of a capture."""
+    code = (
+        "from tests.sampling.test_graphs import both, make_model\n"
+        "both(make_model('cuda'), [1, 2])\n"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_weights_from_another_stream() -> None:
+    """G20."""
+    model = make_model("cuda")
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    both(model, [1, 2], sampler)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        torch.cuda._sleep(100_000_000)
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    torch.cuda.current_stream().wait_stream(side)
+    both(model, [1, 2], sampler)
+
+
+@pytest.mark.gpu
+def test_other_threads_use_the_device() -> None:
+    """G21: pinning of memory, and allocations, while a step is captured."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            torch.randn(1 << 12).pin_memory().to("cuda", non_blocking=True).sum().item()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for n in range(1, 5):
+            both(make_model("cuda", seed=n), list(range(n)))
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.gpu
+def test_release_gives_the_memory_back() -> None:
+    """G24."""
+    model = make_model("cuda")
+    both(model, [1, 2])
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    sampler = Sampler(model, steps=STEPS, cuda_graph=True)
+    for n in (8, 64):
+        sampler(list(range(10)) * n, progress=False, batch_size=10 * n)
+    sampler.release()
+    del sampler
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (4 << 20)
