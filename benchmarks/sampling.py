@@ -3,9 +3,8 @@
     python benchmarks/sampling.py --quick              # DiT-XL/2 at 256 tokens, bf16 weights, batches 1 and 32
     python benchmarks/sampling.py --device cpu --model DiT-S/2 --batch 8 --dtype fp32
 
-`reference` is the diffusion's loop in plain torch throughout; its ratio is 1. `compile` is that model compiled whole
-(with CUDA graphs on a GPU). `diffusers` is DiTTransformer2DModel with the same weights, where the package is there. All
-with guidance, timed in turns. Needs torch, numpy and this source tree.
+The providers are those of `fastdit.sampling.measure_sampling`, timed in turns; what is made before the steps has rows
+of its own. Needs torch, numpy and this source tree, and diffusers for its rows.
 """
 
 from __future__ import annotations
@@ -13,87 +12,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 if not __package__:  # started as a file: the packages lie in the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.results import Row, environment_of, write_rows
-from fastdit import DiT, DiT_models, create_diffusion, use_backend
+from fastdit import DiT, DiT_models, create_diffusion
 from fastdit.sampling import measure_sampling
-from fastdit.weights.formats import write_diffusers_folder
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def others(steps: int, compiled: bool) -> Callable[[DiT], dict[str, Callable[[Tensor], Any]]]:
-    """The providers beside those of `measure_sampling`, of one model."""
-
-    def make(model: DiT) -> dict[str, Callable[[Tensor], Any]]:
-        found: dict[str, Callable[[Tensor], Any]] = {}
-        if compiled:
-            on_gpu = next(model.parameters()).is_cuda
-            fast = torch.compile(model, mode="reduce-overhead" if on_gpu else None)
-
-            def run(labels: Tensor) -> Tensor:
-                with use_backend("reference"):
-                    return loop(model, fast, labels, steps)
-
-            found["reference, compiled"] = run
-        try:
-            peer = diffusers_model(model)
-        except ModuleNotFoundError:
-            return found
-        found["diffusers"] = lambda labels: loop(
-            model, lambda x, t, y: peer(x, timestep=t, class_labels=y).sample, labels, steps
-        )
-        return found
-
-    return make
-
-
-def loop(model: DiT, predict: Callable[..., Tensor], labels: Tensor, steps: int) -> Tensor:
-    """DDPM with guidance of the first three channels, as the original's scripts have it."""
-    both = torch.cat([labels, torch.full_like(labels, model.num_classes)])
-    x = torch.randn(len(labels), model.in_channels, *model.input_size, device=labels.device)
-    dtype = next(model.parameters()).dtype
-
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        half = x[: len(labels)].to(dtype)
-        out = predict(torch.cat([half, half]), t, both).clone()
-        eps, rest = out[:, :3], out[:, 3:]
-        cond, uncond = eps.chunk(2)
-        eps = uncond + 1.5 * (cond - uncond)
-        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
-
-    with torch.no_grad():
-        return create_diffusion(str(steps)).p_sample_loop(
-            guided, (len(both), *x.shape[1:]), torch.cat([x, x]), clip_denoised=False
-        )[: len(labels)]
-
-
-def diffusers_model(model: DiT) -> Any:
-    """diffusers' model with these weights and the original's frequencies. Raises ModuleNotFoundError without it."""
-    from diffusers import DiTTransformer2DModel
-
-    weights = next(model.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        write_diffusers_folder(Path(folder) / "model", model.state_dict(), model.config)
-        peer = DiTTransformer2DModel.from_pretrained(
-            Path(folder) / "model", low_cpu_mem_usage=False
-        )
-    for block in peer.transformer_blocks:  # else it would not be the same model
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    return peer.to(weights.device, weights.dtype).eval()
 
 
 def shares(model: DiT, labels: int, steps: int) -> dict[str, float]:
@@ -139,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         help="blocks of the model, fewer to try the program: no file is written",
     )
-    add("--no-compile", action="store_true", help="leave the compiled reference out")
+    add("--no-compile", action="store_true", help="leave what is compiled out")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--output", type=Path, default=RESULTS, help="folder for the results (%(default)s)")
     options = parser.parse_args(arguments)
@@ -161,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model,
         [1, 32] if options.quick else options.batch,
         steps=options.steps,
-        also=others(options.steps, not options.no_compile),
+        compiled=not options.no_compile,
     )
     template = Row("sampling", options.model, "", {}, options.dtype, "time")
     rows = [

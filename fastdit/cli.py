@@ -151,7 +151,7 @@ class BenchConfig:
     what: Annotated[
         tyro.conf.Positional[Literal["attention", "sampling"]], tyro.conf.arg(metavar="WHAT")
     ]
-    """attention: each backend, forward and backward. sampling: fastdit.sample against the plain loop."""
+    """attention: each backend, forward and backward. sampling: fastdit.sample against plain loops and diffusers."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1. auto is CUDA where there is one."""
     model: str = "DiT-XL/2"
@@ -164,6 +164,8 @@ class BenchConfig:
     """What is computed in."""
     steps: int = 20
     """Denoising steps in a run of sampling."""
+    compile: bool = False
+    """Of sampling: also measure what torch.compile makes of the plain loop and of diffusers; minutes."""
     save: bool = False
     """Keep what was measured of attention in the cache folder: `attention="auto"` chooses by it from then on."""
     json: bool = False
@@ -467,7 +469,8 @@ def bench_sampling(
         if parameter.requires_grad:  # as initialised, a DiT predicts zero
             torch.nn.init.normal_(parameter, std=0.02)
     model = model.to(device, DTYPES[config.dtype]).eval()
-    return measure_sampling(model, config.batch, steps=config.steps), []
+    rows = measure_sampling(model, config.batch, steps=config.steps, compiled=config.compile)
+    return rows, []
 
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

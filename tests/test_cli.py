@@ -548,7 +548,7 @@ def test_bench_sampling(
     options = ["--model", "DiT-S/8", "--batch", "2", "--dtype", "fp32", "--image-size", "64"]
     cli.main(["bench", "sampling", *options, "--steps", "2", "--device", "cpu", "--json"])
     rows = json.loads(capsys.readouterr().out)
-    assert [row["provider"] for row in rows] == ["reference", "eager", "fastdit"]
+    assert [row["provider"] for row in rows][:3] == ["reference", "eager", "fastdit"]
     assert all(row["ms a step"] > 0 and row["ratio"] > 0 for row in rows)
     assert "save=True: is for attention" in answer(capsys, "bench", "sampling", "--save")
     assert "batch" in answer(capsys, "bench", "sampling", "--batch", "0")

@@ -128,6 +128,11 @@ def test_sizes(t: int, s: int, head_dim: int, dtype: torch.dtype) -> None:
     assert_attention_close(*draw(n, t, s, heads, head_dim, dtype))
 
 
+def test_a_large_batch() -> None:
+    """Programs of every sample, the last included."""
+    assert_attention_close(*draw(128, 2, 3, 1, 72, FLOAT16))
+
+
 LONG = [(1024, 1024, 72, BFLOAT16), (1024, 1024, 64, FLOAT16), (4096, 4096, 72, FLOAT16)]
 
 
