@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backend import active_backend
-from ..diffusion import GaussianDiffusion
 from ..models import DiT
 from ..validation import autocast_enabled
 from .graphs import CudaGraph, addresses, reasons_not_replayable
@@ -66,7 +65,6 @@ class Engine:
     def __init__(
         self,
         model: DiT,
-        diffusion: GaussianDiffusion,
         steps: Steps,
         *,
         cfg_channels: Literal[3, "all"],
@@ -75,7 +73,7 @@ class Engine:
         largest_number_of_graphs: int,
     ) -> None:
         """`guided`: of every step, whether it is."""
-        self.model, self.diffusion, self.steps = model, diffusion, steps
+        self.model, self.steps = model, steps
         self.cfg_channels, self.guided = cfg_channels, guided
         self.cuda_graph, self.largest_number_of_graphs = cuda_graph, largest_number_of_graphs
         self.recorded: dict[tuple[Any, ...], tuple[Buffers, dict[bool, CudaGraph]]] = {}

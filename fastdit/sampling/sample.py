@@ -269,9 +269,7 @@ class Sampler:
     def _engine(self, device: torch.device, dtype: torch.dtype) -> Engine:
         if (device, dtype) not in self.engines:
             steps = make_steps(self.diffusion, self.kind, self.eta, device, dtype)
-            self.engines[device, dtype] = Engine(
-                self.model, self.diffusion, steps, **self.engine_options
-            )
+            self.engines[device, dtype] = Engine(self.model, steps, **self.engine_options)
         return self.engines[device, dtype]
 
 

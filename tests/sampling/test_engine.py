@@ -348,7 +348,6 @@ def test_golden_trajectories(
     count = len(golden["z"]) // 2 if guided else len(golden["z"])
     engine = Engine(
         model,
-        diffusion,
         steps,
         cfg_channels=3,
         guided=[True] * 10,
