@@ -29,6 +29,7 @@ from .launch import launch
 from .rows import most_registers
 
 LARGEST_K = 128
+WIDE_FLOAT32 = 96  # beyond it the tiles of float32 are smaller, or values do not fit the registers
 STRIDE = 8  # divides every stride, so that 16 bytes divide every row of 16-bit values
 LOG2_E = tl.constexpr(1.0 / math.log(2.0))
 
@@ -374,9 +375,11 @@ def _tile(block_t: int, block_s: int, owned: int, itemsize: int) -> AttentionTil
     return AttentionTile(block_t, block_s, 8, most_registers(255, 8))
 
 
-def forward_tile(t: int, s: int, itemsize: int) -> AttentionTile:
+def forward_tile(t: int, s: int, head_dim: int, itemsize: int) -> AttentionTile:
     """Owns queries. Two stages of 64 keys of K = 128 fit the 99 KiB of shared memory of the smallest GPUs."""
-    largest_t, largest_s = (128, 64) if itemsize == 2 else (64, 32)
+    largest_t, largest_s = (
+        (128, 64) if itemsize == 2 else (32 if head_dim > WIDE_FLOAT32 else 64, 32)
+    )
     block_t = _block(largest_t, t)
     return _tile(block_t, _block(largest_s, s), block_t, itemsize)
 
@@ -390,8 +393,10 @@ def backward_q_tile(t: int, s: int, itemsize: int) -> AttentionTile:
 
 def backward_kv_tile(t: int, s: int, head_dim: int, itemsize: int) -> AttentionTile:
     """Owns keys. 64 queries at a time fit the registers where K is narrow and none of them is masked."""
-    largest = 64 if itemsize == 2 else 32
-    block_s = _block(largest, s)
+    if itemsize == 4:
+        block_s = _block(32, s)
+        return _tile(_block(16 if head_dim > WIDE_FLOAT32 else 32, t), block_s, block_s, itemsize)
+    block_s = _block(64, s)
     few = t % 64 or head_dim > 80 or block_s < 64
     return _tile(_block(32 if few else 64, t), block_s, block_s, itemsize)
 
@@ -465,7 +470,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
         return out.zero_(), lse.fill_(-math.inf)
     q = readable(q)
     k, v = _readable_pair(k, v)
-    tile = forward_tile(t, s, q.element_size())
+    tile = forward_tile(t, s, q.shape[3], q.element_size())
     launch(
         _forward_kernel,
         (n * heads * triton.cdiv(t, tile.block_t),),

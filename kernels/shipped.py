@@ -109,17 +109,17 @@ def _attention(c: Configuration) -> Cases:
     """Among the tokens, from one packed projection to one gradient; and to two tokens of a condition."""
     if c.d > 1152:
         return  # more of the same heads
-    head_dim = 72 if c.d == 1152 else 64
-    heads = c.d // head_dim
-    packed = c.branch().new_empty(c.n, c.tokens, 3, heads, head_dim)
-    pair = c.branch().new_empty(c.n, 2, 2, heads, head_dim)
-    q, k, v = packed.unbind(2)
-    single = torch.empty_like(q)
-    for case, tensors in {"": (q, k, v), "cross": (single, *pair.unbind(2))}.items():
-        with recording() as launches:
-            out, lse = attention.forward(*tensors, head_dim**-0.5)
-            attention.backward(out, *tensors, out, lse, head_dim**-0.5, *tensors)
-        yield case, launches
+    for head_dim in {1152: (72,), 1024: (64, 128)}.get(c.d, (64,)):
+        heads = c.d // head_dim
+        packed = c.branch().new_empty(c.n, c.tokens, 3, heads, head_dim)
+        pair = c.branch().new_empty(c.n, 2, 2, heads, head_dim)
+        q, k, v = packed.unbind(2)
+        single = torch.empty_like(q)
+        for case, tensors in {"": (q, k, v), ", cross": (single, *pair.unbind(2))}.items():
+            with recording() as launches:
+                out, lse = attention.forward(*tensors, head_dim**-0.5)
+                attention.backward(out, *tensors, out, lse, head_dim**-0.5, *tensors)
+            yield f"K={head_dim}{case}", launches
 
 
 def _mlp_gelu(c: Configuration) -> Cases:

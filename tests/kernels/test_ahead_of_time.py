@@ -20,10 +20,10 @@ import triton
 from fastdit.kernels import ahead_of_time, shipped
 
 ROOT = Path(__file__).parents[2]
-# By kernel and class (a dtype at the sizes of a DiT, or the D of wider rows), whatever the capability. At most so many
-# registers a thread (rounded up to the 8 in which they are given out), bytes of shared memory a program, bytes of stack
-# a thread (0 where it is not said), barriers, narrow loads and stores; at least so many bits in the widest load and
-# store, and instructions for the tensor cores.
+# By kernel and class (a dtype at the sizes of a DiT, with heads of 128 too, or the D of wider rows), whatever the
+# capability. At most so many registers a thread (rounded up to the 8 in which they are given out), bytes of shared
+# memory a program, bytes of stack a thread (0 where it is not said), barriers, narrow loads and stores; at least so
+# many bits in the widest load and store, and instructions for the tensor cores.
 _FILE = json.loads((Path(__file__).parent / "limits.json").read_text())
 LIMITS = _FILE["limits"]
 MORE = _FILE["more in triton 3.6"] if triton.__version__.startswith("3.6.") else {}
@@ -53,7 +53,8 @@ def printed(cache: Path, *arguments: str) -> Any:
 
 def kind(row: dict[str, Any]) -> str:
     """The class of `LIMITS` that a row is in."""
-    return row["dtype"] if row["d"] <= 1152 else f"D={row['d']}"
+    wide = "K=128, " if row["case"].startswith("K=128") else ""
+    return wide + row["dtype"] if row["d"] <= 1152 else f"D={row['d']}"
 
 
 def faults(row: dict[str, Any]) -> list[str]:
