@@ -34,7 +34,7 @@ test-full: lint
 # Everything that needs a GPU; runs from the source tree, uninstalled, with the torch that python3 has (whose warnings are
 # not this project's). The results are files in benchmarks/results/. A benchmark that
 # fails does not keep the next from running.
-GPU_TESTS := tests/test_gpu.py tests/ops tests/models tests/kernels tests/benchmarks tests/sampling
+GPU_TESTS := tests/test_gpu.py tests/ops tests/models tests/kernels tests/benchmarks tests/sampling tests/training
 gpu:
 	$(PYTHON) benchmarks/calibrate.py
 	$(PYTHON) -m pytest -m gpu -p no:cacheprovider -o filterwarnings=default -q $(GPU_TESTS)
@@ -42,6 +42,8 @@ gpu:
 	$(PYTHON) benchmarks/compile_matrix.py --quick
 	$(PYTHON) benchmarks/attention_registry.py
 	$(PYTHON) benchmarks/sampling.py --quick
+	$(PYTHON) benchmarks/training.py --quick
+	$(PYTHON) benchmarks/training.py --largest-batch
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

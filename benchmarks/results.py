@@ -32,6 +32,7 @@ UNITS = {
     "graphs": "graphs",  # compiled in the first call
     "recompiles": "graphs",  # compiled in the first call with a smaller batch
     "memory": "GB",
+    "batch": "images",
 }
 ROOT = Path(__file__).resolve().parents[1]
 

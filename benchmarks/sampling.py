@@ -28,6 +28,18 @@ from fastdit import DiT, DiT_models, create_diffusion
 from fastdit.sampling import measure_sampling
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DEMO: dict[str, Any] = {
+    "tokens": 16,
+    "model": {
+        "input_size": 8,
+        "patch_size": 2,
+        "in_channels": 1,
+        "hidden_size": 128,
+        "depth": 4,
+        "num_heads": 4,
+        "num_classes": 10,
+    },
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,7 +75,7 @@ def shares(model: DiT, labels: int, steps: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    add("--model", choices=tuple(DiT_models), default="DiT-XL/2")
+    add("--model", choices=(*DiT_models, "demo"), default="DiT-XL/2", help="demo: of `make demo`")
     add("--tokens", type=int, choices=(256, 1024), default=256)
     add("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     add("--dtype", choices=tuple(DTYPES), default="bf16")
@@ -84,8 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.device == "cuda":
         parser.error("--device cuda: torch sees no GPU; allowed here are auto and cpu")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"input_size": 32 if options.tokens == 256 else 64}
-    model = DiT_models[options.model](**sizes)
+    if options.model == "demo":
+        options.tokens = DEMO["tokens"]
+        model = DiT(**DEMO["model"])
+    else:
+        model = DiT_models[options.model](input_size=32 if options.tokens == 256 else 64)
     if options.depth is not None:
         model.blocks = model.blocks[: options.depth]
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The command `fastdit`: train, sample, convert, inspect, bench, info and demo.
+"""The command `fastdit`: train, extract, sample, convert, inspect, bench, info and demo.
 
 Every option is a field of a dataclass, and its docstring the help. A wrong option is answered by the parser, and what
 else a user can have done wrong in one line on stderr, with exit status 2 and, after `--traceback` or with
@@ -29,12 +29,13 @@ from tqdm.auto import tqdm
 from . import attention, ops
 from ._version import __version__
 from .backend import active_backend, choose_device, describe
-from .data import VAE
+from .data import VAE, ImageFolder, TarShards, extract, loading_processes, open_data
 from .demo import demo
+from .distributed import World, world
 from .files import write_json
 from .models import DiT, DiT_models
 from .ops.operation import OPERATIONS
-from .sampling import Sampler, World, draw_to_disk, measure_sampling, output_kind, world
+from .sampling import Sampler, draw_to_disk, measure_sampling, output_kind
 from .training import TrainConfig, train
 from .validation import nearest, require_choice
 from .weights import (
@@ -63,6 +64,39 @@ PACKAGES = (
 )
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+
+
+@dataclass
+class ExtractConfig:
+    """Encodes all images and their mirror images once, for `train --data OUT`, which then needs no VAE at each step.
+
+    Started again after a kill it goes on. `torchrun --nproc-per-node=8 -m fastdit extract ...` uses 8 GPUs and writes
+    the same files. OUT takes about 33 KB an image of 256 pixels in fp16."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """A folder of class folders of images, or of webdataset tar files."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """A new folder, or the one of the extraction that goes on."""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """The AutoencoderKL, a folder or a name on the Hub."""
+    scaling_factor: float = 0.18215
+    """What latents are multiplied by to have about unit variance. It is recorded; what is stored is unscaled."""
+    image_size: int = 256
+    """In pixels; images are scaled and cropped to it."""
+    batch_size: int = 64
+    """Images that a process encodes together."""
+    num_workers: int | None = None
+    """Processes that read images, for each that encodes. Default: up to 4."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """What is stored."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the VAE computes in."""
+    shard_size: int = 4096
+    """Images in a file."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Stop at an image that cannot be used, or leave it out and list it in latents.json."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1. auto is CUDA where there is one."""
 
 
 @dataclass
@@ -221,6 +255,12 @@ def run(args: Sequence[str]) -> None:
     if args == ["--version"]:
         print(f"fastdit {__version__}")
         return
+    config = parse(args)
+    next(function for kind, function in COMMANDS.values() if isinstance(config, kind))(config)
+
+
+def parse(args: Sequence[str]) -> Any:
+    """The options of a command: one of the records in `COMMANDS`."""
     if args and not args[0].startswith("-"):
         require_choice("command", args[0], COMMANDS)
     choices: dict[str, Any] = {
@@ -229,13 +269,12 @@ def run(args: Sequence[str]) -> None:
     }
     if stored := stored_configuration(args):
         choices["train"] = Annotated[TrainConfig, tyro.conf.subcommand("train", default=stored)]
-    config = tyro.cli(
+    return tyro.cli(
         functools.reduce(operator.or_, choices.values()),
         prog="fastdit",
         description=f"fastdit {__version__}: Diffusion Transformers. --traceback shows where an error happened.",
         args=args,
     )
-    next(function for kind, function in COMMANDS.values() if isinstance(config, kind))(config)
 
 
 def stored_configuration(args: Sequence[str]) -> TrainConfig | None:
@@ -253,11 +292,46 @@ def stored_configuration(args: Sequence[str]) -> TrainConfig | None:
 
 
 def run_train(config: TrainConfig) -> None:
-    print(train(config))
+    folder = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
 
 
 def run_demo(config: DemoConfig) -> None:
     demo(config.out, steps=config.steps)
+
+
+def run_extract(config: ExtractConfig) -> None:
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    with world() as among:
+        device = choose_device(config.device)
+        if among.size > 1 and device.type == "cuda":
+            device = torch.device("cuda", among.local_rank)
+        images = open_data(
+            config.data, image_size=config.image_size, on_bad_image=config.on_bad_image
+        )
+        if not isinstance(images, (ImageFolder, TarShards)):
+            raise ValueError(f"data={config.data!r}: expected images in class folders or tar files")
+        vae = VAE(
+            config.vae,
+            device=device,
+            dtype=dtypes[config.precision],
+            scaling_factor=config.scaling_factor,
+        )
+        folder = extract(
+            images,
+            vae,
+            config.out,
+            batch_size=config.batch_size,
+            num_workers=loading_processes(config.num_workers),
+            dtype=dtypes[config.dtype],
+            shard_size=config.shard_size,
+            rank=among.rank,
+            size=among.size,
+            barrier=among.barrier,
+        )
+        if among.rank == 0:
+            print(folder)
 
 
 # ------------------------------------------------------------------ sample
@@ -606,6 +680,7 @@ def kernel_lines(reason: str | None, compiled: Sequence[dict[str, Any]]) -> list
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, run_train),
+    "extract": (ExtractConfig, run_extract),
     "sample": (SampleConfig, run_sample),
     "convert": (ConvertConfig, run_convert),
     "inspect": (InspectConfig, run_inspect),

@@ -22,7 +22,7 @@ from .sampling import Images, sample, save_grid, to_uint8
 from .training import TrainConfig, train
 from .training.metrics import read_metrics
 from .training.plots import COLOR, missing_packages, smoothed
-from .weights import from_pretrained, load_description
+from .weights import from_pretrained, latest_checkpoint, load_description
 
 CFG_SCALE = 2.0
 PER_CLASS = 10
@@ -46,6 +46,8 @@ def demo(out: PathLike = "runs/demo", *, steps: int = 1800) -> dict[str, Any]:
     _make_way(folder, config)
     started = time.perf_counter()
     train(config)
+    if latest_checkpoint(folder).name != f"step-{steps:08d}":  # a signal asked to stop
+        raise KeyboardInterrupt
     training_seconds = time.perf_counter() - started
 
     model = from_pretrained(folder)

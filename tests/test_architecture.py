@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdit"
 
 # What each room may import of fastdit, besides itself. `__init__` and `_version` are read by everybody.
-BOTTOM = {"backend", "validation", "files", "reference", "kernels"}
+BOTTOM = {"backend", "validation", "files", "distributed", "reference", "kernels"}
 FLOORS = {
     "reference": set(),
     "kernels": set(),
     "files": set(),
     "validation": set(),
+    "distributed": set(),
     "backend": {"validation"},
     "testing": set(),
     "attention": BOTTOM | {"testing"},

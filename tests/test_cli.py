@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -524,6 +525,9 @@ def test_bench_attention(
 ) -> None:
     """What it saves is what `auto` is asked for next; what cannot run has its reason."""
     monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "cache"))
+    # Once: the kernels are interpreted here.
+    measure = functools.partial(cli.attention.measure, rounds=1)
+    monkeypatch.setattr(cli.attention, "measure", measure)
     options = ["--model", "DiT-S/8", "--batch", "2", "--dtype", "fp32", "--image-size", "128"]
     cli.main(["bench", "attention", *options, "--device", "cpu", "--save", "--json"])
     said = capsys.readouterr().out

@@ -19,12 +19,23 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     Each epoch is a permutation of `num_items` indices, drawn from (seed, epoch) alone; the `num_items % batch_size`
     indices at its end are left out. Step s takes batch `s % steps_per_epoch` of epoch `s // steps_per_epoch`, and
-    `start_step=s` begins there without replaying what came before.
+    `start_step=s` begins there without replaying what came before. Of `size` processes each gives the batches' keys
+    of its own: the one of `rank` the rank-th part of every batch.
 
-    Raises ValueError where `num_items` is 0 or smaller than `batch_size`: no batch would ever be full.
+    Raises ValueError where `num_items` is 0 or smaller than `batch_size`: no batch would ever be full; and where
+    `batch_size` is not divisible by `size`.
     """
 
-    def __init__(self, num_items: int, batch_size: int, *, seed: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         if num_items < 1:
@@ -40,6 +51,11 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.seed = seed
         self.start_step = start_step
+        if batch_size % size:
+            raise ValueError(
+                f"batch_size={batch_size}: must be divisible by the number of processes, {size}"
+            )
+        self.part = slice(rank * batch_size // size, (rank + 1) * batch_size // size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,7 +68,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             order = torch.randperm(self.num_items, generator=generator)
             for batch in range(first, self.steps_per_epoch):
                 indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(index, epoch) for index in indices.tolist()]
+                yield [(index, epoch) for index in indices[self.part].tolist()]
             epoch, first = epoch + 1, 0
 
 
@@ -64,6 +80,11 @@ def derived_seed(*numbers: int) -> int:
     text = ",".join(str(operator.index(number)) for number in numbers)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def is_flipped(seed: int, epoch: int, index: int) -> bool:
+    """Whether an item is mirrored in an epoch: half of them are. Pixels and stored latents share this rule."""
+    return derived_seed(seed, epoch, index) % 2 == 1
 
 
 def split_key(key: Key, length: int) -> tuple[int, int]:

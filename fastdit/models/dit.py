@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..attention import CHOICES, Like, choose
@@ -123,6 +124,9 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.conditioning = conditioning
         self.residual_dtype = residual_dtype
+        # In training keep only the stream between the blocks, and compute them again in the backward: less memory, a
+        # third more arithmetic.
+        self.recompute_blocks = False
         self._mlp_ratio = mlp_ratio
 
         # The order of construction is the original's: default initialisation draws random numbers.
@@ -379,7 +383,8 @@ class DiT(nn.Module):
                     f"return_hidden={list(return_hidden)}: block indices are 0 .. {len(self.blocks) - 1}"
                 )
         x = self._embed(x)
-        t, y = self.t_embedder(t), self.y_embedder(y, self.training)
+        drop = self.training and self.y_embedder.training  # a trainer may drop labels itself
+        t, y = self.t_embedder(t), self.y_embedder(y, drop)
         if self.conditioning == "in_context":
             x = torch.cat([x, t.unsqueeze(1).to(x.dtype), y.unsqueeze(1).to(x.dtype)], dim=1)
         c = (
@@ -391,7 +396,11 @@ class DiT(nn.Module):
         hidden: list[Tensor] = []
         pending: Pending = ()
         for index, block in enumerate(self.blocks):
-            if hands_on(block):
+            if self.recompute_blocks and torch.is_grad_enabled():
+                stream = materialise(x, pending)
+                x = checkpoint(block, stream, c, use_reentrant=False, preserve_rng_state=False)
+                pending = ()
+            elif hands_on(block):
                 x, pending = block(x, c, pending)
             else:
                 x, pending = block(materialise(x, pending), c), ()

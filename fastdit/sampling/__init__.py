@@ -6,12 +6,11 @@ from .measuring import measure_sampling
 from .noise import block_generator, sample_generator
 from .outputs import Images, output_kind, save_folder, save_grid, save_npz, to_uint8, write_samples
 from .sample import Sampler, sample
-from .to_disk import World, draw_to_disk, world
+from .to_disk import draw_to_disk
 
 __all__ = [
     "Images",
     "Sampler",
-    "World",
     "block_generator",
     "draw_to_disk",
     "measure_sampling",
@@ -22,6 +21,5 @@ __all__ = [
     "save_grid",
     "save_npz",
     "to_uint8",
-    "world",
     "write_samples",
 ]

@@ -9,55 +9,23 @@ process draws it, or when. When all blocks are there they become OUT, and the pa
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import World
 from ..files import atomic_file, read_json, write_json
 from .outputs import Images, output_kind, to_uint8, write_samples
 from .sample import Sampler
 
 DECODED_TOGETHER = 16  # images; a decoder at 256 pixels takes about 0.2 GB for each
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that draw together; `local_rank` counts those of this machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-
-@contextmanager
-def world() -> Iterator[World]:
-    """The processes that torchrun has started, or this one alone."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in os.environ for name in names):
-        yield World()
-        return
-    found = World(*(int(os.environ[name]) for name in names))
-    # Processes only wait for each other here, and one may have much more left to draw than another.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield found
-    finally:
-        dist.destroy_process_group()
 
 
 def draw_to_disk(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .config import TrainConfig
-from .ema import EMA
-from .loop import train
+from .loop import Trainer, train
+from .optimizer import AdamWEMA, averaged_copy
 
-__all__ = ["EMA", "TrainConfig", "train"]
+__all__ = ["AdamWEMA", "TrainConfig", "Trainer", "averaged_copy", "train"]

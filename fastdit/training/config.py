@@ -39,12 +39,15 @@ class TrainConfig:
     """Trains a DiT on a folder of images or on the built-in digits. Only the data must be given."""
 
     data: str
-    """A folder with one sub-folder of images per class, or "digits": the 1,797 handwritten 8x8 digits of
-    scikit-learn."""
+    """A folder with one sub-folder of images per class, of tar shards (webdataset), or of latents that `fastdit
+    extract` wrote; "digits": the 1,797 handwritten 8x8 digits of scikit-learn; or "synthetic": random latents."""
     out: str = "runs/train"
     """The run folder: configuration, metrics, pictures and checkpoints."""
     resume: bool = False
-    """Continue the run in `out` from its newest checkpoint, exactly where it stopped."""
+    """Continue the run in `out` from its newest whole checkpoint, exactly where it stopped."""
+    auto_resume: bool = False
+    """Continue the run in `out` where there is one, else begin it: one command for the first start and for all that
+    follow, as with torchrun --max-restarts or a scheduler's requeue."""
     init_from: str | None = None
     """Fine-tuning: begin with the EMA weights of this run, checkpoint folder or .safetensors file. For another
     number of classes the label table is drawn anew."""
@@ -88,7 +91,14 @@ class TrainConfig:
     steps: int = 400_000
     """Updates of the weights."""
     batch_size: int = 256
-    """Images per update."""
+    """Images per update, of all processes together."""
+    accumulate: int = 1
+    """Parts in which a process goes through its share of the batch, one after the other, to need less memory."""
+    recompute_blocks: bool = False
+    """Keep only the residual stream between the blocks, and compute them again in the backward: less memory, a third
+    more arithmetic."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """How timesteps are drawn: evenly as in the paper, or mostly in the middle (Esser et al. 2024)."""
     lr: float = 1e-4
     """Learning rate of AdamW after the warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -101,15 +111,25 @@ class TrainConfig:
     """Largest norm of the whole gradient. Default: not clipped."""
     ema_decay: float = 0.9999
     """How much of the averaged weights is kept at each update."""
+    more_ema_decays: tuple[float, ...] = ()
+    """Averages that are kept besides, in files such as ema-0.999.safetensors; `sample --which ema:0.999`."""
+    nonfinite_steps: int = 10
+    """A step whose loss or gradient is not finite changes nothing. So many in a row end the run."""
     seed: int = 0
     """Decides initial weights, noise, label dropout and the order of the data."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:1. auto is CUDA where there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes in bfloat16 where that is safe; weights, gradients and averages are float32 either way."""
-    compile: Literal["off", "blocks", "whole"] = "off"
-    """torch.compile of each block, or of the whole model."""
+    """auto, cpu, cuda or cuda:1. auto is CUDA where there is one; torchrun's processes take one GPU each."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How torchrun's processes share the work: each has all weights (ddp), or a shard of weights, gradients, moments
+    and averages (fsdp)."""
+    collective_timeout: int = 600
+    """Seconds after which a process that waits for the others gives up."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16 where that is safe, tf32 as the original does; weights, gradients and averages are
+    float32 either way."""
+    compile: Literal["auto", "off", "blocks", "whole"] = "auto"
+    """torch.compile of each block, or of the whole model. auto is blocks on CUDA, else off."""
 
     log_every: int = 100
     """Updates between two lines of metrics.jsonl."""
@@ -119,6 +139,12 @@ class TrainConfig:
     """Updates between two checkpoints; the last update is always kept."""
     keep_checkpoints: int | None = 3
     """How many of the newest checkpoints are kept. None keeps all."""
+    on_save_error: Literal["error", "warn"] = "error"
+    """What to do where a checkpoint cannot be written, as on a full disk: end the run, or go on and say so."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the run folder."""
+    wandb: str | None = None
+    """Send the metrics to this project of Weights & Biases too."""
     cfg_scale: float = 4.0
     """Guidance of the sample grids; without a null class they are drawn unguided."""
     sample_steps: int = 50
@@ -137,7 +163,17 @@ class TrainConfig:
         self._validate_model()
         self._validate_data()
 
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        if self.resume and self.auto_resume:
+            raise ValueError("resume=True and auto_resume=True: allowed is one")
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "nonfinite_steps",
+            "collective_timeout",
+            "log_every",
+            "checkpoint_every",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("steps", self.steps < 10**8, "below 100000000")
         self._require("sample_every", self.sample_every >= 0, "at least 0")
@@ -163,6 +199,11 @@ class TrainConfig:
             "weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"
         )
         self._require("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
+        every = (self.ema_decay, *self.more_ema_decays)
+        fine = all(0 <= decay < 1 for decay in every) and len(set(every)) == len(every)
+        self._require(
+            "more_ema_decays", fine, "numbers from 0 to below 1, each once, without ema_decay"
+        )
         self._require("class_dropout_prob", 0 <= self.class_dropout_prob <= 1, "from 0 to 1")
         self._require("cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         if self.gradient_clip is not None:
@@ -194,6 +235,8 @@ class TrainConfig:
             self._require(name, value is None or value >= 1, "at least 1")
 
     def _validate_data(self) -> None:
+        if self.data == "synthetic":
+            self._require("vae", self.vae is None, "None for data='synthetic', which are latents")
         if self.data == "digits":
             self._require("image_size", self.image_size in (None, 8), "8 for data='digits'")
             self._require("horizontal_flip", not self.horizontal_flip, "False for data='digits'")
@@ -211,7 +254,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are stored in config.json."""
-        return dataclasses.asdict(self)
+        record = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}
 
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> TrainConfig:
@@ -246,6 +290,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` if it is of type `hint`, whole numbers made floats where those are asked for."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in kinds:
+        if get_origin(kind) is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise TypeError(f"{name}={value!r}: expected a list, got {type(value).__name__}")
+            return tuple(_typed(name, item, get_args(kind)[0]) for item in value)
         if get_origin(kind) is Literal:
             require_choice(name, value, get_args(kind))
             return value

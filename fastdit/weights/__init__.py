@@ -8,14 +8,16 @@ from .architecture import load_into
 from .convert import convert
 from .formats import to_original
 from .inspection import inspect_weights
+from .manifest import problems, write_manifest
 from .pretrained import adapted, from_pretrained, push_to_hub, read_pretrained, save_pretrained
 from .reading import load_tensors, load_weights, read_checkpoint
-from .runs import FORMAT, is_run, latest_checkpoint, load_description, locate
+from .runs import FORMAT, checkpoints, is_run, latest_checkpoint, load_description, locate
 from .writing import save_weights
 
 __all__ = [
     "FORMAT",
     "adapted",
+    "checkpoints",
     "convert",
     "from_pretrained",
     "inspect_weights",
@@ -26,10 +28,12 @@ __all__ = [
     "load_tensors",
     "load_weights",
     "locate",
+    "problems",
     "push_to_hub",
     "read_checkpoint",
     "read_pretrained",
     "save_pretrained",
     "save_weights",
     "to_original",
+    "write_manifest",
 ]

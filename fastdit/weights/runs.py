@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import PathLike, read_json
+from . import manifest
 
 FORMAT = 1
 
@@ -23,15 +24,19 @@ _STEP = re.compile(r"step-\d{8}")
 def latest_checkpoint(run_folder: PathLike) -> Path:
     """The newest checkpoint folder of a run, `checkpoints/step-XXXXXXXX` with the highest step.
 
-    A checkpoint gets this name when it is complete; other names do not count.
-
     Raises FileNotFoundError if there is none.
     """
-    folder = Path(run_folder) / "checkpoints"
-    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    found = checkpoints(run_folder)
     if not found:
         raise FileNotFoundError(f"{run_folder}: no checkpoint, expected checkpoints/step-XXXXXXXX")
-    return max(found, key=lambda path: path.name)
+    return found[-1]
+
+
+def checkpoints(run_folder: PathLike) -> list[Path]:
+    """All checkpoint folders of a run, the newest last: of this name, and with a manifest, which is written last."""
+    folder = Path(run_folder) / "checkpoints"
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted(path for path in found if (path / manifest.NAME).is_file())
 
 
 def is_run(folder: Path) -> bool:

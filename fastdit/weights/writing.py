@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,12 +17,17 @@ from .reading import require_safetensors_ending
 CONFIG_KEY = "fastdit.config"
 
 
-def save_weights(model: nn.Module | Mapping[str, Tensor], path: PathLike) -> None:
+def save_weights(
+    model: nn.Module | Mapping[str, Tensor],
+    path: PathLike,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the parameters and buffers of `model`, or a state dict, as a safetensors file, whole or not at all.
 
     Keys are the original's: the prefixes of DistributedDataParallel (`module.`) and of torch.compile (`_orig_mod.`) are
     left away. Dtypes are kept; tensors are stored contiguously, whatever their strides. The file of a DiT also says
-    which model it is, the number of heads included.
+    which model it is, the number of heads included; of a state dict `config` says so, `DiT.config`.
 
     Raises ValueError for another ending than `.safetensors`, TypeError for what is not a tensor, and OSError.
     """
@@ -35,6 +41,8 @@ def save_weights(model: nn.Module | Mapping[str, Tensor], path: PathLike) -> Non
         tensors[name] = value.detach().cpu().contiguous()
     metadata = {"format": "pt"}
     if isinstance(model, DiT):
-        metadata[CONFIG_KEY] = json.dumps(model.config)
+        config = model.config
+    if config:
+        metadata[CONFIG_KEY] = json.dumps(config)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

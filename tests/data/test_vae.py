@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdit.data import VAE
+from fastdit.data import VAE, sample_latents
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -153,3 +155,73 @@ def test_missing_diffusers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r'pip install "fastdit\[vae\]"'):
         VAE("owner/name", device="cpu")
+
+
+def test_moments_are_mean_and_standard_deviation(
+    diffusers: Any, folder: Path, images: Tensor
+) -> None:
+    moments = VAE(folder, device="cpu").moments(images)
+    with torch.no_grad():
+        posterior = diffusers.AutoencoderKL.from_pretrained(folder).encode(images).latent_dist
+    assert moments.dtype == torch.float32
+    assert torch.equal(moments, torch.cat([posterior.mean, posterior.std], dim=1))
+    noise = torch.randn(5, 4, 4, 6)
+    expected = (posterior.mean + posterior.std * noise) * 0.18215
+    assert torch.equal(sample_latents(moments, noise, 0.18215), expected)
+    assert not VAE(folder, device="cpu").moments(images).requires_grad
+
+
+def test_sample_latents_computes_in_float32() -> None:
+    moments, noise = torch.rand(2, 8, 3, 3).half(), torch.randn(2, 4, 3, 3).half()
+    found = sample_latents(moments, noise, 0.18215)
+    assert torch.equal(found, sample_latents(moments.float(), noise.float(), 0.18215))
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("moments", "noise", "message"),
+    [
+        ((2, 7, 3, 3), (2, 4, 3, 3), r"moments: shape \(2, 7, 3, 3\), expected \(N, 2C,"),
+        ((8, 3, 3), (4, 3, 3), r"moments: shape \(8, 3, 3\), expected \(N, 2C,"),
+        ((2, 8, 3, 3), (2, 8, 3, 3), r"noise: shape \(2, 8, 3, 3\), expected \(2, 4, 3, 3\)"),
+        ((2, 8, 3, 3), (1, 4, 3, 3), r"noise: shape \(1, 4, 3, 3\), expected \(2, 4, 3, 3\)"),
+    ],
+)
+def test_sample_latents_of_other_shapes(
+    moments: tuple[int, ...], noise: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_latents(torch.zeros(moments), torch.zeros(noise), 1.0)
+
+
+def test_fingerprint_is_of_the_stored_weights(folder: Path, tmp_path: Path) -> None:
+    expected = VAE(folder, device="cpu").fingerprint()
+    assert len(expected) == 32
+    half = VAE(str(folder), device="meta", dtype=torch.bfloat16, scaling_factor=1.0)
+    assert half.fingerprint() == expected
+    # A copy elsewhere, with entries that change no number
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copy(folder / WEIGHTS, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sample_size": 7}))
+    assert VAE(tmp_path, device="cpu").fingerprint() == expected
+    # One that does, and one bit of one weight
+    (tmp_path / "config.json").write_text(json.dumps({**config, "act_fn": "relu"}))
+    assert VAE(tmp_path, device="cpu").fingerprint() != expected
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    weights = load_file(tmp_path / WEIGHTS)
+    weights["decoder.conv_out.bias"].view(torch.int32)[0] ^= 1
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert VAE(tmp_path, device="cpu").fingerprint() != expected
+
+
+def test_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    vae = VAE(folder.name, device="cpu")
+    assert vae.name == str(folder)
+    assert vae.image_channels == 3
+
+
+def test_loading_warns_of_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        VAE(folder, device="cpu", dtype=dtype)
+    assert not caplog.records

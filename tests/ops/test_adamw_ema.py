@@ -230,6 +230,122 @@ def test_a_decay_of_zero_is_the_weights() -> None:
     assert_same_bits("average", state.emas[2][0], state.params[0])
 
 
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Lists:
+    """The parameters that torch's own pass on a CPU was given, in all calls."""
+    given: Lists = []
+    original = torch._fused_adamw_
+
+    def watched(params: Lists, *args: Any, **options: Any) -> None:
+        given.extend(params)
+        original(params, *args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    return given
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": 0.37}, {"betas": (0.0, 0.5), "eps": 1e-3}], ids=str
+)
+@each_sizes
+def test_fused_on_a_cpu(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], fused: Lists
+) -> None:
+    state = first_state(shapes, emas=3)
+    steps = [draw_like(state.params) for _ in range(3)]
+    before = [[grad.clone() for grad in grads] for grads in steps]
+    compare(state, steps, **options)
+    assert len(fused) == 3 * len(shapes)
+    for grads, same in zip(steps, before, strict=True):  # clipped, but not in place
+        for grad, expected in zip(grads, same, strict=True):
+            assert_same_bits("gradient", grad, expected)
+
+
+def test_fused_on_a_cpu_is_that_of_torch_to_the_last_bit() -> None:
+    state = first_state([(33, 5), (4097,), (3,)])
+    weights = [torch.nn.Parameter(p.clone()) for p in state.params]
+    optimizer = torch.optim.AdamW(weights, fused=True, **OPTIONS)
+    for _ in range(5):
+        grads = draw_like(state.params)
+        run(adamw_ema_, state, grads)
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
+        optimizer.step()
+    moments = [optimizer.state[weight] for weight in weights]
+    expected = State(
+        [weight.detach() for weight in weights],
+        [each["exp_avg"] for each in moments],
+        [each["exp_avg_sq"] for each in moments],
+        torch.tensor(5.0),
+        [],
+    )
+    assert_same_state("torch.optim.AdamW", state, expected)
+
+
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_fused_on_a_cpu_takes_numbers_and_tensors(
+    step_dtype: torch.dtype, shape: tuple[int, ...], fused: Lists
+) -> None:
+    state = later_state([(70,), (3, 4)])
+    other = state.clone()
+    other.step = other.step.to(step_dtype).reshape(shape)
+    grads = draw_like(state.params)
+    run(adamw_ema_, state, grads, clip=0.25)
+    lr = torch.tensor(OPTIONS["lr"], dtype=torch.float64).reshape(shape)
+    clip = torch.tensor(0.25).reshape(shape)
+    run(adamw_ema_, other, grads, lr=lr, clip=clip, found_inf=torch.zeros(shape))
+    assert len(fused) == 4
+    assert other.step.dtype is step_dtype
+    assert int(other.step) == int(state.step) == 8
+    other.step = state.step
+    assert_same_state("tensors", other, state)
+
+
+@pytest.mark.parametrize("flag", [torch.float32, torch.bool, torch.int32])
+def test_fused_on_a_cpu_leaves_a_bad_step_out(flag: torch.dtype, fused: Lists) -> None:
+    state = later_state([(70,), (3,)], emas=3)
+    before = state.clone()
+    grads = [grad * torch.nan for grad in draw_like(state.params)]
+    run(adamw_ema_, state, grads, found_inf=torch.ones((1,), dtype=flag))
+    assert fused == []
+    assert_same_state("bad step", state, before)
+
+
+def test_fused_on_a_cpu_takes_permuted_parameters(fused: Lists) -> None:
+    def permuted(t: Tensor) -> Tensor:
+        return t.to(memory_format=torch.channels_last)
+
+    contiguous = later_state([(2, 3, 4, 5)])
+    state = contiguous.map(lambda t: permuted(t.clone()))
+    grads = draw_like(contiguous.params)
+    run(adamw_ema_, state, [permuted(grad) for grad in grads])
+    assert len(fused) == 1
+    run(adamw_ema_, contiguous, grads)
+    assert_same_state("channels_last", state, contiguous)
+
+
+@pytest.mark.parametrize(
+    "case", ["reference", "copies", "bfloat16 gradients", "float64", "other strides"]
+)
+def test_not_fused_on_a_cpu(case: str, fused: Lists) -> None:
+    """What torch's own pass cannot do, or what was asked to run in plain torch, is as it is in the reference."""
+    state = later_state([(4, 6)], copies=torch.bfloat16 if case == "copies" else None)
+    if case == "float64":
+        state = state.map(Tensor.double)
+    expected = state.clone()
+    grads = [torch.randn_like(p) for p in state.params]
+    if case == "bfloat16 gradients":
+        grads = [grad.bfloat16() for grad in grads]
+    if case == "other strides":
+        grads = [grad.mT.contiguous().mT for grad in grads]
+    with fastdit.use_backend("reference" if case == "reference" else "auto"):
+        run(adamw_ema_, state, grads)
+    assert fused == []
+    run(reference.adamw_ema_, expected, grads)
+    assert_same_state(case, state, expected)
+
+
 @every_way
 def test_many_steps() -> None:
     state = first_state([(40,), (3,)], emas=1)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fastdit import DiT, Sampler, create_diffusion
 from fastdit.sampling.engine import Engine
+from fastdit.sampling.graphs import CudaGraph
 from fastdit.testing import assert_same_bits
 
 from .recording import Recording
@@ -283,3 +285,51 @@ def test_release_gives_the_memory_back() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + (4 << 20)
+
+
+class Devices:
+    """Which CUDA device is the current one, where there is none; and at which something was done."""
+
+    def __init__(self) -> None:
+        self.current, self.stack, self.seen = 0, [0], []
+
+    def note(self, *_: Any, **__: Any) -> Any:
+        self.seen.append(self.current)
+        return self
+
+    wait_stream = replay = reset = note
+
+    def device(self, device: torch.device) -> Devices:
+        self.stack.append(device.index)
+        return self
+
+    def __enter__(self) -> Devices:
+        self.current = self.stack[-1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.pop()
+        self.current = self.stack[-1]
+
+
+def test_the_device_of_the_model_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G26: launches, captures and replays go to the current device, whatever their tensors say."""
+    devices = Devices()
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: devices)
+    monkeypatch.setattr(torch.cuda, "device", devices.device)
+    entered = nullcontext()
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: devices.note() and entered)
+    monkeypatch.setattr(torch.cuda, "stream", lambda *_: entered)
+    graph = CudaGraph(devices.note, devices.note, torch.device("cuda", 1))
+    graph.replay()
+    # Two waits, three warm-ups with a reset each, the capture and its one run, the replay.
+    assert devices.seen == [1] * (2 + 2 * 3 + 2 + 1)
+    assert devices.current == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_a_model_on_another_device() -> None:
+    """G26."""
+    both(make_model("cuda:1"), [1, 2], cfg_scale=2.0)

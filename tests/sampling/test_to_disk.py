@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import DiT, Sampler, sample, save_pretrained
-from fastdit.sampling import World, draw_to_disk, to_uint8
+from fastdit.distributed import World
+from fastdit.sampling import draw_to_disk, to_uint8
 
 ROOT = Path(__file__).parents[2]
 LABELS = [i % 4 for i in range(10)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from fastdit.training import plots
+
+from .helpers import write_images
 
 
 @pytest.fixture
@@ -25,11 +25,4 @@ def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def folder_of_images(tmp_path: Path) -> Path:
     """20 RGB images of 12x10 pixels in the classes ant, bee and cat."""
-    random = np.random.default_rng(0)
-    root = tmp_path / "images"
-    for name, count in {"ant": 7, "bee": 7, "cat": 6}.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            pixels = random.integers(0, 256, (10, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
+    return write_images(tmp_path / "images")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fastdit import cli
 from fastdit.training import TrainConfig
 from fastdit.training.config import FIXED
 
@@ -61,7 +62,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": ""}, ValueError, "out=''"),
     ({"out": Path("runs")}, TypeError, "expected str, got PosixPath"),
     ({"device": "gpu"}, ValueError, "device='gpu': allowed is 'auto', 'cpu', 'cuda'"),
-    ({"precision": "bf61"}, ValueError, "precision='bf61': allowed are 'fp32', 'bf16'; did you"),
+    (
+        {"precision": "bf61"},
+        ValueError,
+        "precision='bf61': allowed are 'fp32', 'tf32', 'bf16'; did you",
+    ),
     ({"compile": "block"}, ValueError, "compile='block': .*did you mean 'blocks'"),
     ({"lr_schedule": "cosin"}, ValueError, "lr_schedule='cosin': .*did you mean 'cosine'"),
     ({"noise_schedule": "liner"}, ValueError, "noise_schedule='liner': .*did you mean 'linear'"),
@@ -71,6 +76,26 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": "DiT-S/2"} | OWN, ValueError, "hidden_size=32 and model='DiT-S/2'"),
     ({"hidden_size": 32}, ValueError, "depth=None: a model of your own needs all of"),
     (OWN | {"depth": 0}, ValueError, "depth=0"),
+    ({"resume": True, "auto_resume": True}, ValueError, "resume=True and auto_resume=True"),
+    ({"accumulate": 0}, ValueError, "accumulate=0: allowed is at least 1"),
+    ({"nonfinite_steps": 0}, ValueError, "nonfinite_steps=0: allowed is at least 1"),
+    ({"collective_timeout": 0}, ValueError, "collective_timeout=0: allowed is at least 1"),
+    ({"timestep_sampling": "logitnormal"}, ValueError, "did you mean 'logit_normal'"),
+    ({"parallel": "fdsp"}, ValueError, "parallel='fdsp': .*did you mean 'fsdp'"),
+    (
+        {"on_save_error": "ignore"},
+        ValueError,
+        "on_save_error='ignore': allowed are 'error', 'warn'",
+    ),
+    ({"recompute_blocks": 1}, TypeError, "recompute_blocks=1: expected bool, got int"),
+    ({"wandb": True}, TypeError, "wandb=True: expected str or None, got bool"),
+    ({"more_ema_decays": 0.9}, TypeError, "more_ema_decays=0.9: expected a list, got float"),
+    ({"more_ema_decays": "0.9"}, TypeError, "more_ema_decays='0.9': expected a list, got str"),
+    ({"more_ema_decays": ["0.9"]}, TypeError, "more_ema_decays='0.9': expected float, got str"),
+    ({"more_ema_decays": (1.0,)}, ValueError, r"more_ema_decays=\(1.0,\): allowed is numbers from"),
+    ({"more_ema_decays": (0.5, 0.5)}, ValueError, r"more_ema_decays=\(0.5, 0.5\)"),
+    ({"more_ema_decays": (0.9999,)}, ValueError, "each once, without ema_decay"),
+    ({"vae": "some/vae", "data": "synthetic"}, ValueError, "None for data='synthetic'"),
 ]
 
 
@@ -83,10 +108,55 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], message: str) 
 def test_whole_numbers_are_floats_where_floats_are_asked_for() -> None:
     config = TrainConfig(data="digits", gradient_clip=1, cfg_scale=2)
     assert (type(config.gradient_clip), type(config.cfg_scale)) == (float, float)
+    assert [
+        type(each) for each in TrainConfig(data="digits", more_ema_decays=(0,)).more_ema_decays
+    ] == [float]
+
+
+def test_lists_of_json_are_tuples() -> None:
+    config = TrainConfig.from_json({"data": "digits", "more_ema_decays": [0.5, 0.999]})
+    assert config.more_ema_decays == (0.5, 0.999)
+    assert config.to_dict()["more_ema_decays"] == [0.5, 0.999]  # as JSON has it
+    assert TrainConfig.from_json({"data": "digits", "more_ema_decays": []}).more_ema_decays == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ()),
+        (["--more-ema-decays", "0.5"], (0.5,)),
+        (["--more-ema-decays", "0.5", "0.999"], (0.5, 0.999)),
+    ],
+)
+def test_lists_on_the_command_line(
+    arguments: list[str], expected: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TrainConfig] = []
+    monkeypatch.setitem(cli.COMMANDS, "train", (TrainConfig, seen.append))
+    cli.main(["train", "--data", "digits", *arguments])
+    assert [config.more_ema_decays for config in seen] == [expected]
+
+
+def test_lists_of_a_stored_configuration_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(data="digits", more_ema_decays=(0.5, 0.999), **OWN)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    seen: list[TrainConfig] = []
+    monkeypatch.setitem(cli.COMMANDS, "train", (TrainConfig, seen.append))
+    cli.main(["train", "--resume", "--out", str(tmp_path)])
+    assert seen == [dataclasses.replace(config, resume=True, out=str(tmp_path))]
 
 
 def test_json_brings_back_the_same_configuration(tmp_path: Path) -> None:
-    config = TrainConfig(data="digits", lr=3e-4, gradient_clip=1.0, keep_checkpoints=None, **OWN)
+    config = TrainConfig(
+        data="digits",
+        lr=3e-4,
+        gradient_clip=1.0,
+        keep_checkpoints=None,
+        more_ema_decays=(0.5, 0.999),
+        **OWN,
+    )
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config.to_dict()))
     assert TrainConfig.from_json(file) == config

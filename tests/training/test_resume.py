@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.files import read_json, write_json
-from fastdit.training import TrainConfig, train
+from fastdit.training import TrainConfig, plots, train
 from fastdit.training.loop import Trainer
 from fastdit.training.metrics import read_metrics
+from fastdit.training.signals import STOPPING
 
-from .helpers import checkpoints, record, tensors, tiny
+from .helpers import checkpoints, declare_whole, record, tensors, tiny, write_images
 
 
 def _exact(out: Path, data: Path, **changes: Any) -> TrainConfig:
@@ -68,9 +70,13 @@ def _assert_same_run(found: Path, expected: Path, step: int) -> None:
     assert record(found, step) == record(expected, step)
 
 
-@pytest.fixture
-def uninterrupted(folder_of_images: Path, tmp_path: Path) -> Path:
-    return train(_exact(tmp_path / "uninterrupted", folder_of_images))
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """From a folder of its own, with the images of `folder_of_images`."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "missing_packages", lambda: ["matplotlib"])
+        return train(_exact(folder / "run", write_images(folder / "images")))
 
 
 @pytest.mark.parametrize(
@@ -125,26 +131,35 @@ def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert (record(run, 4), checkpoints(run)) == (before, names)
 
 
-def test_interrupted_run_is_saved_after_the_step_under_way(
-    folder_of_images: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_run_that_is_asked_to_stop_is_saved_after_the_step_under_way(
+    name: str,
+    folder_of_images: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The first Ctrl-C, here in the middle of the third step, loses nothing."""
+    """The first signal, here in the middle of the third step, loses nothing."""
+    number = getattr(signal, name)
     config = _exact(tmp_path / "run", folder_of_images)
     update, steps = Trainer._update, []
 
     def interrupted_update(self: Trainer, x0: Tensor, y: Tensor) -> None:
         steps.append(self.step)
         if len(steps) == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         update(self, x0, y)
 
     monkeypatch.setattr(Trainer, "_update", interrupted_update)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
+    handlers = {each: signal.getsignal(each) for each in STOPPING}
+    with pytest.raises(KeyboardInterrupt) if name == "SIGINT" else nullcontext():
+        assert train(config) == tmp_path / "run"
     assert steps == [0, 1, 2]
+    assert "stopped after step 3, which is saved" in capsys.readouterr().out
     assert checkpoints(tmp_path / "run")[-1] == "step-00000003"
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert {each: signal.getsignal(each) for each in STOPPING} == handlers
+    assert not (tmp_path / "run" / "run.lock").exists()
     train(_exact(tmp_path / "run", folder_of_images, resume=True))
     assert steps == list(range(config.steps))
     _assert_same_run(tmp_path / "run", uninterrupted, config.steps)
@@ -201,8 +216,12 @@ def test_unfinished_line_and_left_over_folders_are_removed(
         file.write('{"step": 4, "lo')
     (run / "checkpoints" / ".tmp-step-00000004-1-00").mkdir()
     (run / "checkpoints" / "step-4").mkdir()  # not a checkpoint's name
+    # A checkpoint's name, and all of its files but the manifest.
+    shutil.copytree(run / "checkpoints/step-00000002", run / "checkpoints/step-00000003")
+    (run / "checkpoints/step-00000003/manifest.json").unlink()
     train(tiny(run, resume=True))
-    assert checkpoints(run) == ["step-00000002", "step-00000004", "step-4"]
+    left = ["damaged-step-00000003", "step-00000002", "step-00000004", "step-4"]
+    assert checkpoints(run) == left
     _assert_same_run(run, whole, 4)
 
 
@@ -268,6 +287,10 @@ def test_classes_cannot_change(folder_of_images: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ damaged checkpoints
 
 
+OPTIMIZER = "optimizer/shard-00001.safetensors"
+RNG = "rng/rank-00000.safetensors"
+
+
 def _edit(file: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         values = load_file(folder / file)
@@ -277,121 +300,165 @@ def _edit(file: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[
     return damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            _edit("model.safetensors", lambda v: v.pop("pos_embed")),
-            r"model.safetensors: missing pos_embed",
-        ),
-        (
-            _edit("ema.safetensors", lambda v: v.update(extra=torch.ones(1))),
-            "ema.safetensors: unexpected extra",
-        ),
-        (
-            _edit("optimizer.safetensors", lambda v: v.pop("exp_avg.final_layer.linear.bias")),
-            "optimizer.safetensors: missing exp_avg.final_layer.linear.bias",
-        ),
-        (
-            _edit("optimizer.safetensors", lambda v: v.update({"exp_avg.pos_embed": torch.ones(1)})),
-            "optimizer.safetensors: unexpected exp_avg.pos_embed",
-        ),
-        (
-            _edit(
-                "optimizer.safetensors",
-                lambda v: v.update({"exp_avg_sq.final_layer.linear.bias": torch.ones(3)}),
-            ),
-            r"exp_avg_sq.final_layer.linear.bias has shape \(3,\), the model's has \(32,\)",
-        ),
-        (
-            _edit("rng.safetensors", lambda v: v.pop("run")),
-            "rng.safetensors: missing run",
-        ),
-        (
-            _edit("rng.safetensors", lambda v: v.update(cuda=v["cpu"].clone())),
-            "rng.safetensors: written on cuda, this run is on cpu",
-        ),
-        (lambda folder: (folder / "ema.safetensors").unlink(), "ema.safetensors: no such file"),
-        (lambda folder: os.truncate(folder / "optimizer.safetensors", 999), "truncated"),
-        (
-            lambda folder: write_json(folder / "state.json", {"format": 2}),
-            "state.json: format=2, expected 1",
-        ),
-        (
-            lambda folder: write_json(folder / "state.json", []),
-            r"state.json: format=\[\], expected 1",
-        ),
-    ],
-)  # fmt: skip
-def test_damaged_checkpoint_is_named(
-    damage: Callable[[Path], object], message: str, tmp_path: Path
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one checkpoint. Each test damages a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "missing_packages", lambda: ["matplotlib"])
+        return train(tiny(tmp_path_factory.mktemp("runs") / "run", steps=2))
+
+
+INSIDE: list[tuple[Callable[[Path], object], str]] = [
+    (
+        _edit("model.safetensors", lambda v: v.pop("pos_embed")),
+        r"model.safetensors: missing pos_embed",
+    ),
+    (
+        _edit("ema.safetensors", lambda v: v.update(extra=torch.ones(1))),
+        "ema.safetensors: unexpected extra",
+    ),
+    (
+        _edit(OPTIMIZER, lambda v: v.pop("exp_avg.final_layer.linear.bias")),
+        "optimizer: missing exp_avg.final_layer.linear.bias",
+    ),
+    (
+        _edit(OPTIMIZER, lambda v: v.update({"exp_avg.pos_embed": torch.ones(1)})),
+        "optimizer: unexpected exp_avg.pos_embed",
+    ),
+    (
+        _edit(OPTIMIZER, lambda v: v.update({"exp_avg_sq.final_layer.linear.bias": torch.ones(3)})),
+        r"exp_avg_sq.final_layer.linear.bias has shape \(3,\), the model's has \(32,\)",
+    ),
+    (_edit(RNG, lambda v: v.pop("run")), "rank-00000.safetensors: missing run"),
+    (
+        _edit(RNG, lambda v: v.update(cuda=v["cpu"].clone())),
+        "rank-00000.safetensors: written on cuda, this run is on cpu",
+    ),
+    (lambda folder: (folder / "ema.safetensors").unlink(), "ema.safetensors: no such file"),
+    (
+        lambda folder: write_json(folder / "state.json", {"format": 1}),
+        "state.json: format=1, expected 2",
+    ),
+    (
+        lambda folder: write_json(folder / "state.json", []),
+        r"state.json: format=\[\], expected 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), INSIDE, ids=[message for _, message in INSIDE])
+def test_checkpoint_that_does_not_fit_is_named(
+    damage: Callable[[Path], object], message: str, two_steps: Path, tmp_path: Path
 ) -> None:
-    run = train(tiny(tmp_path / "run", steps=2))
-    damage(run / "checkpoints" / "step-00000002")
+    """Its files are what its manifest says, but they are not those of such a run."""
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    folder = run / "checkpoints" / "step-00000002"
+    damage(folder)
+    declare_whole(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         train(tiny(run, resume=True))
     assert "\n" not in str(caught.value)
 
 
-# A run that saves at steps 2 and 4, killed at a point of the second save, or when the first is removed after it.
-KILLED = """
-import os, shutil, sys
-from pathlib import Path
-from fastdit import files
-from fastdit.training import TrainConfig, checkpoint, train
-
-point, config = sys.argv[1:]
-saves = 0
-save_weights, rename, rmtree = checkpoint.save_weights, os.rename, shutil.rmtree
-
-def save(model, path):
-    global saves
-    saves += 1
-    save_weights(model, path)
-    if point == "files" and saves == 4 + 3:
-        os.truncate(path, 100)
-        os._exit(137)
-
-def renamed(source, target):
-    if point == "rename" and Path(target).name == "step-00000004":
-        os._exit(137)
-    rename(source, target)
-
-def removed(path, **options):
-    if point == "removal" and "step-00000002" in Path(path).name:
-        os.unlink(Path(path) / "ema.safetensors")
-        os._exit(137)
-    rmtree(path, **options)
-
-checkpoint.save_weights, os.rename, shutil.rmtree = save, renamed, removed
-train(TrainConfig.from_json(config))
-"""
+def _flip_a_bit(folder: Path, file: str) -> None:
+    content = bytearray((folder / file).read_bytes())
+    content[-1] ^= 1
+    (folder / file).write_bytes(content)
 
 
-def test_killed_while_saving_or_removing(folder_of_images: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 6, "keep_checkpoints": 1, "num_workers": 0}
-    options |= {"data": str(folder_of_images), "image_size": 8}
-    expected = train(tiny(tmp_path / "whole", **options))
-    left = {
-        "files": ["step-00000002"],
-        "rename": ["step-00000002"],
-        "removal": ["step-00000004"],
-    }
-    processes = {}
-    for point in left:
-        config = tiny(tmp_path / point, **options)
-        write_json(tmp_path / f"{point}.json", config.to_dict())
-        arguments = [sys.executable, "-c", KILLED, point, str(tmp_path / f"{point}.json")]
-        processes[point] = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    for point, process in processes.items():
-        output, _ = process.communicate()
-        assert process.returncode == 137, output
-        names = checkpoints(tmp_path / point)
-        assert [name for name in names if not name.startswith(".tmp-")] == left[point]
-        assert len(names) == 2, names
+DAMAGED: list[tuple[str, Callable[[Path], object], str]] = [
+    *(
+        (f"a bit of {file}", partial(_flip_a_bit, file=file), f"{file}: damaged, SHA-256")
+        for file in ("model.safetensors", "ema.safetensors", OPTIMIZER, RNG, "state.json")
+    ),
+    (
+        "truncated",
+        lambda folder: os.truncate(folder / OPTIMIZER, 999),
+        f"{OPTIMIZER}: truncated or changed, 999 bytes of",
+    ),
+    ("missing", lambda folder: (folder / RNG).unlink(), f"{RNG}: missing"),
+    (
+        "no manifest that can be read",
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        "manifest.json: not valid JSON",
+    ),
+    (
+        "another manifest",
+        lambda folder: write_json(folder / "manifest.json", {"format": 7}),
+        "manifest.json: damaged, or not a manifest of format 1",
+    ),
+]
 
-        run = train(tiny(tmp_path / point, **options, resume=True))
-        assert checkpoints(run) == ["step-00000006"]
-        _assert_same_run(run, expected, 6)
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(damage, message) for _, damage, message in DAMAGED],
+    ids=[name for name, _, _ in DAMAGED],
+)
+def test_damaged_checkpoint_is_an_error_where_there_is_no_other(
+    damage: Callable[[Path], object], message: str, two_steps: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    folder = run / "checkpoints" / "step-00000002"
+    damage(folder)
+    before = sorted(run.rglob("*")), read_metrics(run / "metrics.jsonl")
+    with (
+        pytest.warns(UserWarning, match=re.escape(message)),
+        pytest.raises(ValueError, match=re.escape(message)) as caught,
+    ):
+        train(tiny(run, resume=True))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert (sorted(run.rglob("*")), read_metrics(run / "metrics.jsonl")) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(damage, message) for name, damage, message in DAMAGED if name != "another manifest"],
+    ids=[name for name, _, _ in DAMAGED if name != "another manifest"],
+)
+def test_damaged_checkpoint_is_passed_over_for_an_older_one(
+    damage: Callable[[Path], object],
+    message: str,
+    whole_and_stopped: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    whole, stopped = whole_and_stopped
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    damage(run / "checkpoints" / "step-00000004")
+    with pytest.warns(UserWarning, match=f"step-00000004 is damaged.*{re.escape(message)}"):
+        train(tiny(run, steps=6, resume=True))
+    _assert_same_run(run, whole, 6)
+
+
+@pytest.fixture(scope="module")
+def whole_and_stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of six steps, and one that was asked to stop after the fourth."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "missing_packages", lambda: ["matplotlib"])
+        whole = train(tiny(folder / "whole", steps=6))
+        patch.setattr(Trainer, "_agreed_to_stop", lambda trainer: trainer.step == 4)
+        stopped = train(tiny(folder / "stopped", steps=6))
+    assert checkpoints(stopped) == ["step-00000002", "step-00000004"]
+    return whole, stopped
+
+
+def test_auto_resume_begins_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_and_stopped: tuple[Path, Path]
+) -> None:
+    whole, _ = whole_and_stopped
+    config = tiny(tmp_path / "run", steps=6, auto_resume=True)
+    _stopped_at(1, monkeypatch, config)  # before there is a checkpoint
+    _stopped_at(5, monkeypatch, config)
+    run = train(config)
+    _assert_same_run(run, whole, 6)
+    assert read_json(run / "config.json")["auto_resume"] is False
+    before = record(run, 6)
+    assert train(config) == run
+    assert record(run, 6) == before
+    with pytest.raises(ValueError, match="hidden_size 32 -> 64"):
+        train(tiny(run, steps=6, auto_resume=True, hidden_size=64))

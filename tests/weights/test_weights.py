@@ -20,6 +20,7 @@ from fastdit.weights import (
     load_into,
     load_weights,
     save_weights,
+    write_manifest,
 )
 
 SIZES: dict[str, Any] = {
@@ -197,9 +198,9 @@ def test_weights_are_cast_to_the_models_dtype() -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     for step in (900, 1000):
-        write_checkpoint(
-            tmp_path / "run/checkpoints" / f"step-{step:08d}", make_model(), make_model()
-        )
+        folder = tmp_path / "run/checkpoints" / f"step-{step:08d}"
+        write_checkpoint(folder, make_model(), make_model())
+        write_manifest(folder, {"step": step})
     return tmp_path / "run"
 
 
@@ -208,7 +209,11 @@ def test_the_newest_complete_checkpoint(run: Path) -> None:
     for name in (".tmp-step-00002000-1-ab", "step-2000", "step-00002000.tmp", "step-000002000"):
         (checkpoints / name).mkdir()
     (checkpoints / "step-00002001").write_text("a file")
+    # Of the right name and with all its weights, but without the manifest, which is written last.
+    write_checkpoint(checkpoints / "step-00002002", make_model(), make_model())
     assert latest_checkpoint(run) == checkpoints / "step-00001000"
+    write_manifest(checkpoints / "step-00002002", {})
+    assert latest_checkpoint(run) == checkpoints / "step-00002002"
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
