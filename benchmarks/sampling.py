@@ -23,7 +23,7 @@ import torch
 if not __package__:  # started as a file: the packages lie in the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.results import Row, environment_of, write_rows
+from benchmarks.results import Row, environment_of, folder_name, write_rows
 from fastdit import DiT, DiT_models, create_diffusion
 from fastdit.sampling import measure_sampling
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*(f"{name} {value}" for name, value in row.items()), sep="  ")
     if options.depth is None:
         environment = environment_of(device)
-        path = environment.folder(options.output) / "sampling.json"
+        path = environment.folder(options.output) / f"sampling-{folder_name(options.model)}.json"
         write_rows(path, rows, environment)
         print(path)
 

@@ -37,7 +37,7 @@ if not __package__:  # started as a file: the packages lie in the folder above
 
 from benchmarks.compile_matrix import models_of
 from benchmarks.measure import in_turns, timed, times_faster
-from benchmarks.results import Row, environment_of, table, write_rows
+from benchmarks.results import Row, environment_of, folder_name, table, write_rows
 from fastdit import DiT, DiT_models, create_diffusion
 from fastdit.data import Synthetic
 from fastdit.models import multiply_adds
@@ -339,8 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
     if options.depth is None:
         environment = environment_of(device)
-        name = "largest_batch.json" if options.largest_batch else "training.json"
-        path = environment.folder(options.output) / name
+        part = "largest_batch" if options.largest_batch else "training"
+        path = environment.folder(options.output) / f"{part}-{folder_name(options.model)}.json"
         write_rows(path, rows, environment)
         print(path)
 

@@ -16,7 +16,7 @@ def test_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--model", "DiT-S/8", "--batch", "1", "--steps", "1"]
     options += ["--dtype", "fp32", "--no-compile", "--output", str(tmp_path)]
     sampling.main(options)
-    (path,) = tmp_path.glob("*/*/sampling.json")
+    (path,) = tmp_path.glob("*/*/sampling-dit-s-8.json")
     rows = json.loads(path.read_text())["rows"]
     providers = [row["provider"] for row in rows]
     assert providers[:3] == ["reference", "eager", "fastdit"]

@@ -24,7 +24,7 @@ def test_training(
     options = ["--device", "cpu", "--model", "DiT-S/2", "--batch", "2", "--dtype", "fp32"]
     options += ["--steps", "1", "--rounds", "2", "--no-compile", "--output", str(tmp_path)]
     training.main(options)
-    (path,) = tmp_path.glob("*/*/training.json")
+    (path,) = tmp_path.glob("*/*/training-dit-s-2.json")
     rows = read_rows(path)
     times = {(row.case, row.provider): row for row in rows if row.metric == "time"}
     assert [provider for _, provider in times] == [
