@@ -71,6 +71,7 @@ class Loop:
             sample_every=0,
             checkpoint_every=10**7,
             device=str(device),
+            num_workers=0 if device.type == "cpu" else None,  # they would take its cores
             **options,
         )
         self.trainer = Trainer(config, device, model=copy.deepcopy(model), dataset=dataset)
