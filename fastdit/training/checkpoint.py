@@ -126,11 +126,14 @@ class Saver:
         whole: dict[str, Mapping[str, Tensor]] = {
             name: _whole(module, self.world.rank == 0) for name, module in modules.items()
         }
+        optimizer = {name: _on_cpu(value) for name, value in trained.optimizer.state().items()}
+        if trained.generator.device.type == "cuda":
+            torch.cuda.synchronize(trained.generator.device)  # now the copies are there
         return Staged(
             step=state["step"],
             weights=whole if self.world.rank == 0 else {},
             config=getattr(trained.model, "config", {}),
-            optimizer={name: _on_cpu(value) for name, value in trained.optimizer.state().items()},
+            optimizer=optimizer,
             rng=_rng_states(trained.generator),
             state={"format": FORMAT, **state},
             description=dict(description),
@@ -209,18 +212,24 @@ def _whole(module: nn.Module, wanted: bool) -> dict[str, Tensor]:
     for name, value in module.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if wanted:
-            found[name] = value.detach().to("cpu", copy=True)
+            found[name] = _copied(value)
     return found
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy on the CPU; from a GPU to memory that it writes at full speed, there when the GPU has been waited for."""
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return copy.copy_(value.detach(), non_blocking=True)
 
 
 def _on_cpu(value: Tensor) -> Tensor:
     """A copy, in the same shards where it is in any."""
     if not hasattr(value, "full_tensor"):
-        return value.detach().to("cpu", copy=True)
+        return _copied(value)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
 
-    local = value.to_local().detach().to("cpu", copy=True)  # type: ignore[attr-defined]
+    local = _copied(value.to_local())  # type: ignore[attr-defined]
     mesh = init_device_mesh("cpu", value.device_mesh.shape)  # type: ignore[attr-defined]
     return DTensor.from_local(
         local,
