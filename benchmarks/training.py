@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import math
 import sys
 import tempfile
 import time
@@ -64,7 +66,7 @@ class Loop:
         dataset = Synthetic(8 * side, latent_channels=model.in_channels)
         config = TrainConfig(
             data="synthetic",
-            out=str(folder),
+            out=tempfile.mkdtemp(dir=folder),
             batch_size=batch,
             steps=10**7,
             log_every=10,
@@ -75,7 +77,6 @@ class Loop:
             **options,
         )
         self.trainer = Trainer(config, device, model=copy.deepcopy(model), dataset=dataset)
-        self.trainer.folder.mkdir(parents=True)
         self.trainer.reporter = None
         self.trainer._begin()
         self.batches = self.trainer._batches()
@@ -186,7 +187,7 @@ def providers(
     folder: Path,
     options: argparse.Namespace,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """By name, what makes each; one at a time is in memory where memory is measured."""
+    """By name, what makes each."""
     compiled = "off" if options.no_compile else "blocks"
     model, reference = models["fastdit"], models["reference"]
     assert isinstance(model, DiT)
@@ -219,18 +220,18 @@ def measure(
     watches: dict[str, Watch] = {}
     memory: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in providers(models, batch, device, dtype, Path(folder) / "run", options):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
+        each = list(providers(models, batch, device, dtype, Path(folder), options))
+        if (
+            device.type == "cuda"
+        ):  # first one at a time, for what it takes; they are timed in turns, all there
+            memory = {name: peak_memory(make, device) for name, make in each}
+        for name, make in each:
             try:
-                made = make()
-                watches[name] = Watch(made.steps, options.steps, device)
+                watches[name] = Watch(make().steps, options.steps, device)
             except torch.OutOfMemoryError as error:
-                yield replace(template, provider=name, reason=str(error).split("\n")[0])
-                continue
-            if device.type == "cuda":
-                memory[name] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+                reason = str(error).split("\n")[0]
+                yield replace(template, provider=name, reason=f"beside the others: {reason}")
+            torch.cuda.empty_cache()
         samples = in_turns(watches, options.rounds)
     compiled = [name for name in samples if name.startswith(COMPILED)]
     baseline = BARE if not compiled else f"{COMPILED}, memory budget 1.0"
@@ -247,8 +248,23 @@ def measure(
             yield timed(
                 replace(named, case="of the bare loop", baseline=BARE, ratio=share), seconds
             )
-        if name in memory:
-            yield replace(template, provider=name, metric="memory", value=memory[name])
+    for name, gigabytes in memory.items():
+        row = replace(template, provider=name, metric="memory")
+        fits = math.isfinite(gigabytes)
+        yield replace(row, value=gigabytes) if fits else replace(row, reason="does not fit")
+
+
+def peak_memory(make: Callable[[], Any], device: torch.device) -> float:
+    """GB of three steps at their peak, with weights, averages and moments; infinite where they do not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        make().steps(3)
+    except torch.OutOfMemoryError:
+        return math.inf
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
 def largest_batches(

@@ -31,7 +31,7 @@ from ._version import __version__
 from .backend import active_backend, choose_device, describe
 from .data import VAE, ImageFolder, TarShards, extract, loading_processes, open_data
 from .demo import demo
-from .distributed import World, world
+from .distributed import OtherProcessError, World, world
 from .files import write_json
 from .models import DiT, DiT_models
 from .ops.operation import OPERATIONS
@@ -63,7 +63,14 @@ PACKAGES = (
     "tyro",
 )
 
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    OtherProcessError,
+)
 
 
 @dataclass

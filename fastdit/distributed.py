@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 
 
+class OtherProcessError(RuntimeError):
+    """Another process of the run has raised; its error says why."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run; `local_rank` counts those of this machine."""
@@ -54,7 +58,7 @@ class World:
             raise error
         for rank, text in enumerate(errors):
             if text is not None:
-                raise RuntimeError(f"rank {rank}: {text}")
+                raise OtherProcessError(f"rank {rank}: {text}")
 
 
 def started_by_torchrun() -> bool:

@@ -11,35 +11,42 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .. import files
 
-HEARTBEAT = 60.0  # seconds between two signs of life
-DEAD_AFTER = 15 * HEARTBEAT  # without one, for a process of another host
+HEARTBEAT = 10.0  # seconds between two signs of life
+DEAD_AFTER = 12 * HEARTBEAT  # without one, for a process that cannot be looked at
+PATIENCE = 100  # looks at a lock that says nothing, 10 ms apart
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds `folder`/run.lock/holder.json, {"host", "pid", "started", "since"}, while the body runs.
+    """Holds `folder`/run.lock/holder.json, {"host", "machine", "pid", "started", "since"}, while the body runs.
 
-    A lock whose process is gone is taken over with a warning: of this host, where no process has its number, or the one
-    that has it started at another time; of another host, where there was no sign of life for 15 minutes (a thread
-    touches the file every minute).
+    A lock whose process is gone is taken over with a warning: of this machine (host, boot and container), where no
+    process has its number, or the one that has it started at another time; of another, where there was no sign of life
+    for two minutes (a thread touches the file every ten seconds).
 
     Raises FileExistsError naming the holder where there is one, and OSError where the folder cannot be written.
     """
     lock = folder / "run.lock"
     own = {
         "host": socket.gethostname(),
+        "machine": _machine(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    while not _acquired(lock, own):
+    for _ in range(PATIENCE):
+        if _acquired(lock, own):
+            break
         _remove_if_stale(lock)
+        time.sleep(0.01)
+    else:
+        raise FileExistsError(f"{lock}: not a lock; where nobody trains in {folder}, remove it")
     over = threading.Event()
     alive = threading.Thread(target=_keep_alive, args=(lock, over), daemon=True)
     alive.start()
@@ -57,6 +64,16 @@ def require_unlocked(folder: Path) -> None:
     lock = folder / "run.lock"
     if (holder := _read(lock)) is not None and _alive(lock, holder):
         raise _held(lock, holder)
+
+
+def wait_for_the_dead(folder: Path) -> None:
+    """Returns where `folder` is not locked, or by a process that can be looked at; else when it is, or gave no sign of
+    life for long enough: as after a restart in another container or on another node."""
+    lock, until = folder / "run.lock", time.monotonic() + DEAD_AFTER + 2 * HEARTBEAT
+    while (holder := _read(lock)) is not None and not _is_here(holder) and _alive(lock, holder):
+        if time.monotonic() > until:
+            return
+        time.sleep(1)
 
 
 def _acquired(lock: Path, record: dict[str, Any]) -> bool:
@@ -82,14 +99,21 @@ def _remove_if_stale(lock: Path) -> None:
         return  # let go meanwhile
     if _alive(lock, holder):
         raise _held(lock, holder)
-    warnings.warn(f"{lock}: {_who(holder)} is no more; the run is taken over", stacklevel=4)
-    taken = _renamed(lock)
-    if taken is None:
+    # One at a time: who comes late would remove the lock of who took it over first.
+    turn = lock.with_name(f".tmp-{lock.name}-taken-over")
+    try:
+        turn.mkdir()
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if time.time() - turn.stat().st_mtime > HEARTBEAT:  # of one that was killed in it
+                turn.rmdir()
         return
-    if _read(taken) != holder:  # somebody else took it over first
-        taken.rename(lock)
-        return
-    shutil.rmtree(taken, ignore_errors=True)
+    try:
+        if _read(lock) == holder and (stale := _renamed(lock)) is not None:
+            warnings.warn(f"{lock}: {_who(holder)} is no more; the run is taken over", stacklevel=4)
+            shutil.rmtree(stale, ignore_errors=True)
+    finally:
+        turn.rmdir()
 
 
 def _who(holder: dict[str, Any]) -> str:
@@ -103,7 +127,7 @@ def _held(lock: Path, holder: dict[str, Any]) -> FileExistsError:
 
 
 def _alive(lock: Path, holder: dict[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname():
+    if _is_here(holder):
         return bool(holder["started"] == _started(holder["pid"]))
     try:
         return time.time() - (lock / "holder.json").stat().st_mtime < DEAD_AFTER
@@ -111,14 +135,28 @@ def _alive(lock: Path, holder: dict[str, Any]) -> bool:
         return False
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this host started, in a form that no other process of the same number has; None without it."""
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether its process would be seen from here."""
+    return bool(holder["host"] == socket.gethostname() and holder["machine"] == _machine())
+
+
+def _machine() -> str:
+    """Names the boot of this machine and the container (pid namespace), where the system tells."""
     try:
-        # The name in parentheses may hold spaces. The start time is field 22, the boot makes it unique.
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, which no other of the same number did then; None where there is none."""
+    try:
+        # The name in parentheses may hold spaces. The start time is field 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] in ("Z", "X"):  # ended, and only its parent has not noticed
             return None
-        return fields[19] + " " + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return fields[19]
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return None
@@ -142,7 +180,10 @@ def _read(lock: Path) -> dict[str, Any] | None:
         raise FileExistsError(
             f"{error}; where nobody trains in {lock.parent}, remove {lock}"
         ) from None
-    if not isinstance(record, dict) or {"host", "pid", "started", "since"} - record.keys():
+    if (
+        not isinstance(record, dict)
+        or {"host", "machine", "pid", "started", "since"} - record.keys()
+    ):
         raise FileExistsError(
             f"{file}: not a lock; where nobody trains in {lock.parent}, remove {lock}"
         )

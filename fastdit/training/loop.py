@@ -45,10 +45,13 @@ from ..weights import FORMAT, adapted, checkpoints, load_description, load_into,
 from . import checkpoint, parallel, plots
 from .checkpoint import Saver, Trained
 from .config import FIXED, SIZES, TrainConfig
-from .lock import require_unlocked, run_lock
-from .metrics import Reporter, drop_after, peak_flops, read_metrics
+from .lock import require_unlocked, run_lock, wait_for_the_dead
+from .metrics import Reporter, drop_after, peak_flops, read_metrics, require_packages
 from .optimizer import AdamWEMA, averaged_copy
 from .signals import leave_to_the_loop, stop_signals
+
+BUILT_IN = ("digits", "synthetic")
+MOST_TOKENS = 4096  # of the paper's models at 512 pixels: 1024
 
 
 def train(config: TrainConfig) -> Path:
@@ -79,9 +82,11 @@ def _restored_generators(device: torch.device) -> Iterator[None]:
     """Leaves the global random generators as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -152,6 +157,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.since = 0.0  # where the clock stood when the current log interval began
+        self.before = 0.0  # seconds of that interval which were spent before the run was stopped
         self.bad_in_a_row = 0
         self.stop_seen = False
         self.flags: tuple[int, Tensor, torch.cuda.Event | None] | None = None
@@ -163,7 +169,9 @@ class Trainer:
             )
         self.predict = self._compiled()
         self._settle()
-        self.pictures = not plots.missing_packages()
+        require_packages(config.tensorboard, config.wandb)
+        # Of all processes alike: those of a sharded model draw together.
+        self.pictures = self.world.from_first(not plots.missing_packages())
         timeout = timedelta(seconds=config.collective_timeout)
         self.saver = Saver(self.folder, self.world, config.keep_checkpoints, timeout)
 
@@ -250,7 +258,7 @@ class Trainer:
 
     def _loop(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         config = self.config
-        self.since = time.perf_counter()
+        self.since, self.before = time.perf_counter() - self.before, 0.0
         hidden = True if self.world.rank else None  # None: where stderr is no terminal
         with tqdm(initial=self.step, total=config.steps, unit="step", disable=hidden) as bar:
             while self.step < config.steps:
@@ -627,6 +635,7 @@ class Trainer:
                 "learning_rate": learning_rate(self.config, self.step - 1),
                 "sums_since_log": self.sums.tolist(),
                 "steps_since_log": self.summed,
+                "seconds_since_log": time.perf_counter() - self.since,
                 "not_finite_in_a_row": self.bad_in_a_row,
                 "torch": torch.__version__,
             }
@@ -667,6 +676,11 @@ class Trainer:
             f"device  {device}, {config.precision}, compile {self._compile()}, attention in {self._attention()}\n"
             f"run     {self.folder}, step {self.step:,} of {config.steps:,}"
         )
+        if (tokens := model.x_embedder.num_patches) > MOST_TOKENS:
+            self._tell(
+                f"NOTE    every image is {tokens:,} tokens, over which attention is slow: latents (--vae, or fastdit "
+                "extract), a larger patch or a smaller image_size are what DiT is made for"
+            )
         if not self.pictures:
             missing = " and ".join(plots.missing_packages())
             self._tell(f'No pictures are drawn: {missing} missing (pip install "fastdit[cli]")')
@@ -698,6 +712,7 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.sums.copy_(torch.tensor(state["sums_since_log"]))
         self.summed = state["steps_since_log"]
+        self.before = state["seconds_since_log"]
         self.bad_in_a_row = state["not_finite_in_a_row"]
 
     def _description(self) -> dict[str, Any]:
@@ -709,7 +724,7 @@ class Trainer:
             "scaling_factor": None,
         }
         if self.vae is not None:
-            known = {"vae": self.config.vae, "scaling_factor": self.vae.scaling_factor}
+            known = {"vae": self.vae.name, "scaling_factor": self.vae.scaling_factor}
             space |= {"space": "latents", **known}
         elif self.dataset.space == "latents":
             vae = self.dataset.vae or {"name": None, "scaling_factor": 1.0}
@@ -809,6 +824,8 @@ def _open_run(config: TrainConfig) -> Path | None:
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={config.out!r}: expected a folder, this is a file")
+    if config.auto_resume:
+        wait_for_the_dead(folder)
     require_unlocked(folder)
     exists = (folder / "config.json").exists()
     if config.auto_resume and not exists and not (folder / "checkpoints").exists():
@@ -832,23 +849,30 @@ def _open_run(config: TrainConfig) -> Path | None:
 def _stored(config: TrainConfig) -> dict[str, Any]:
     """What config.json holds: valid in another working directory too."""
     record = config.to_dict() | {"resume": False, "auto_resume": False}
-    if config.data not in ("digits", "synthetic"):
+    if config.data not in BUILT_IN:
         record["data"] = str(Path(config.data).absolute())
+    if config.vae is not None and Path(config.vae).is_dir():
+        record["vae"] = str(Path(config.vae).absolute())
     return record
 
 
 def _require_resumable(config: TrainConfig, stored: TrainConfig) -> None:
     """Raises ValueError where model or data changed, and prints what else did."""
     before, now = _stored(stored), _stored(config)
+    fixed = set(FIXED)
     changed = {
         name: f"{before[name]!r} -> {value!r}"
         for name, value in now.items()
         if name not in ("out", "resume", "auto_resume") and before[name] != value
     }
-    fixed = [f"{name} {change}" for name, change in changed.items() if name in FIXED]
-    if fixed:
+    if {before["data"], now["data"]}.isdisjoint(BUILT_IN):
+        fixed.discard(
+            "data"
+        )  # a folder may have moved; its classes and their number of images are compared
+    wrong = [f"{name} {change}" for name, change in changed.items() if name in fixed]
+    if wrong:
         raise ValueError(
-            f"resume: {', '.join(fixed)}: model and data of the run in {config.out} cannot change; begin a new one, "
+            f"resume: {', '.join(wrong)}: model and data of the run in {config.out} cannot change; begin a new one, "
             "with init_from for its weights"
         )
     for name, change in changed.items():

@@ -32,6 +32,19 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+def require_packages(tensorboard: bool, wandb: str | None) -> None:
+    """Raises ImportError naming the package that `Reporter` would miss."""
+    for wanted, module, asked in (
+        (tensorboard, "torch.utils.tensorboard", "tensorboard=True: pip install tensorboard"),
+        (wandb is not None, "wandb", f"wandb={wandb!r}: pip install wandb"),
+    ):
+        if wanted:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ImportError(asked) from error
+
+
 class Reporter:
     """Writes records to metrics.jsonl in `folder`, and to TensorBoard and Weights & Biases where that is asked for.
 
@@ -46,21 +59,17 @@ class Reporter:
         tensorboard: bool,
         wandb: str | None,
     ) -> None:
+        require_packages(tensorboard, wandb)
         self.folder = folder
         self.writer: Any = None
         self.run: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("tensorboard=True: pip install tensorboard") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             # What a killed process wrote after the checkpoint is hidden.
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb is not None:
-            try:
-                package = importlib.import_module("wandb")
-            except ImportError as error:
-                raise ImportError(f"wandb={wandb!r}: pip install wandb") from error
+            package = importlib.import_module("wandb")
             name = re.sub(r"[^\w.-]", "-", str(folder.absolute()))[-100:]
             self.run = package.init(
                 project=wandb, id=name, resume="allow", dir=str(folder), config=config

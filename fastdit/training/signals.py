@@ -1,9 +1,14 @@
-"""Being asked to stop: the first signal waits for the step under way, the second acts at once."""
+"""Being asked to stop: the first signal waits for the step under way, the second acts at once.
+
+Schedulers send theirs to all processes, and torchrun hands it on again, so what follows the first within seconds is the
+same request; but for Ctrl-C, which somebody has pressed twice.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,18 +17,24 @@ from types import FrameType
 STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
+ECHO = 5.0  # seconds
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that is empty until the first of `STOPPING`. The second has the effect that it has without this."""
+    """A list that is empty until the first of `STOPPING`. The second ends the process."""
     received: list[int] = []
+    first: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        first.append(time.monotonic())
         if len(received) > 1:
-            # The default of SIGUSR1 is to end the process too.
-            signal.signal(number, before[number] if number == signal.SIGINT else signal.SIG_DFL)
+            if number != signal.SIGINT and time.monotonic() - first[0] < ECHO:
+                return
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)  # which ends the process, also of SIGUSR1
             signal.raise_signal(number)
 
     if threading.current_thread() is not threading.main_thread():

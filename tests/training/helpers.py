@@ -20,7 +20,7 @@ from fastdit.training.metrics import read_metrics
 from fastdit.weights import write_manifest
 
 # What differs from one run to the next because one took longer.
-TIMING = ("seconds", "seconds_per_step", "images_per_second")
+TIMING = ("seconds", "seconds_since_log", "seconds_per_step", "images_per_second")
 
 
 def tiny(out: Path, **changes: Any) -> TrainConfig:

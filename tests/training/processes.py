@@ -33,7 +33,7 @@ from typing import Any
 from safetensors import deserialize
 
 ROOT = Path(__file__).parents[2]
-TIMING = ("seconds", "images_per_second", "seconds_per_step", "mfu")
+TIMING = ("seconds", "seconds_since_log", "images_per_second", "seconds_per_step", "mfu")
 
 
 # ------------------------------------------------------------------ of the tests: processes
@@ -641,7 +641,15 @@ def _forgets(what: str) -> None:
         raise ValueError(what)
 
 
+def _patient() -> None:
+    """As if the second signal came long after the first."""
+    from fastdit.training import signals
+
+    signals.ECHO = 0.0
+
+
 FAULTS: dict[str, Callable[..., None]] = {
+    "patient": _patient,
     "at": _inject,
     "saves at once": _saves_at_once,
     "nan": _nan,

@@ -195,6 +195,7 @@ def test_asked_to_stop(point: str, step: int, runs: Runs, kept: Runs) -> None:
 def test_asked_to_stop_at_once(runs: Runs, kept: Runs) -> None:
     """A second signal while a checkpoint is written: nothing half-written is taken for one."""
     faults = [
+        {"kind": "patient"},
         {"kind": "at", "point": "first file", "step": 4, "do": "term"},
         {"kind": "at", "point": "random generators", "step": 4, "do": "usr1"},
     ]

@@ -177,6 +177,44 @@ def test_lock_that_somebody_else_took_over_is_left_to_him(tmp_path: Path) -> Non
     assert other.exists(), "it was removed by one that did not hold it"
 
 
+def test_the_same_name_on_another_machine(tmp_path: Path) -> None:
+    """Clones, and containers: the number of the process means nothing here."""
+    holder = held_by(tmp_path, machine="another boot, another container", pid=NO_PROCESS)
+    with pytest.raises(FileExistsError, match="trains in it"):
+        require_unlocked(tmp_path)
+    past = time.time() - DEAD_AFTER - 1
+    os.utime(holder, (past, past))
+    module.wait_for_the_dead(tmp_path)
+    require_unlocked(tmp_path)
+
+
+def test_waiting_for_a_process_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = held_by(tmp_path, host="elsewhere")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            os.utime(holder, (0, 0))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    module.wait_for_the_dead(tmp_path)
+    assert len(waited) == 3
+    with run_lock(tmp_path.joinpath("held").mkdir() or tmp_path / "held"):
+        module.wait_for_the_dead(tmp_path / "held")  # of this machine: nothing to wait for
+    assert len(waited) == 3
+
+
+def test_what_is_no_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.lock").mkdir()
+    (tmp_path / "run.lock" / "x").touch()
+    monkeypatch.setattr(module, "PATIENCE", 3)
+    with pytest.raises(FileExistsError, match=r"run\.lock: not a lock"):
+        run_lock(tmp_path).__enter__()
+
+
 def test_lock_without_a_holder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "run.lock").mkdir()
     with run_lock(tmp_path):

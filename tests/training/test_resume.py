@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -163,6 +164,47 @@ def test_run_that_is_asked_to_stop_is_saved_after_the_step_under_way(
     train(_exact(tmp_path / "run", folder_of_images, resume=True))
     assert steps == list(range(config.steps))
     _assert_same_run(tmp_path / "run", uninterrupted, config.steps)
+
+
+def test_a_repeated_request_is_the_same_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler signals every process, and torchrun hands its own on."""
+    update = Trainer._update
+
+    def signalled(self: Trainer, x0: Tensor, y: Tensor) -> None:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        update(self, x0, y)
+
+    monkeypatch.setattr(Trainer, "_update", signalled)
+    train(tiny(tmp_path / "run"))
+    assert checkpoints(tmp_path / "run") == ["step-00000001"]
+
+
+def test_speed_after_a_resume_is_that_of_all_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within a log interval: the time before counts as its steps do."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    options: dict[str, Any] = {"steps": 8, "log_every": 8, "checkpoint_every": 6}
+    _stopped_at(6, monkeypatch, tiny(tmp_path / "run", **options))
+    state = read_json(tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json")
+    assert state["seconds_since_log"] > 0
+    run = train(tiny(tmp_path / "run", resume=True, **options))
+    (line,) = read_metrics(run / "metrics.jsonl")
+    assert line["seconds"] > state["seconds_since_log"]
+    assert line["images_per_second"] == pytest.approx(8 * 8 / line["seconds"])
+
+
+def test_data_that_moved_is_the_same_data(folder_of_images: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"image_size": 8, "num_workers": 0}
+    run = train(tiny(tmp_path / "run", data=str(folder_of_images), **options))
+    moved = folder_of_images.rename(tmp_path / "elsewhere")
+    train(tiny(run, data=str(moved), resume=True, steps=6, **options))
+    whole = train(tiny(tmp_path / "whole", data=str(moved), steps=6, **options))
+    _assert_same_run(run, whole, 6)
 
 
 def test_second_interrupt_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
