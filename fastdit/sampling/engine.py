@@ -11,7 +11,6 @@ changed in place are simply read, weights that were replaced are noticed.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ class Buffers:
 
 
 class Engine:
-    """Runs blocks of one model and sampler, and keeps what it recorded."""
+    """Runs blocks of one model and sampler, one at a time, and keeps what it recorded."""
 
     capture = CudaGraph
 
@@ -77,15 +76,10 @@ class Engine:
         self.cfg_channels, self.guided = cfg_channels, guided
         self.cuda_graph, self.largest_number_of_graphs = cuda_graph, largest_number_of_graphs
         self.recorded: dict[tuple[Any, ...], tuple[Buffers, dict[bool, CudaGraph]]] = {}
-        self.lock = threading.Lock()  # static memory serves one block at a time
         self.said: set[str] = set()
 
     def release(self) -> None:
         """Gives back all recordings and their memory."""
-        with self.lock:
-            self._release()
-
-    def _release(self) -> None:
         # All together: libraries keep work space in the pool of the first recording.
         for _, graphs in self.recorded.values():
             for graph in graphs.values():
@@ -105,7 +99,7 @@ class Engine:
 
         `noise` gives x_T and each step's noise; `trajectory` collects copies of the states.
         """
-        with self.lock, self._capture_ready():
+        with self._capture_ready():
             guided = [cfg_scale is not None and each for each in self.guided]
             modulated = isinstance(self.model, DiT) and self.model.takes_modulation()
             key = self._key(labels, cfg_scale is not None, modulated, dtype)
@@ -114,7 +108,7 @@ class Engine:
             else:
                 if key not in self.recorded:
                     if len(self.recorded) >= self.largest_number_of_graphs:
-                        self._release()
+                        self.release()
                     buffers = self._allocate(labels, cfg_scale, modulated, dtype)
                     self.recorded[key] = (buffers, {})
                 buffers, graphs = self.recorded[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -128,6 +129,7 @@ class Sampler:
 
     Arguments as those of `sample`. Weights may be changed between the calls, in place or by replacing them.
     `largest_number_of_graphs`: shapes of a block that are kept recorded; one more lets go of all.
+    Threads that share a sampler take turns, a block each.
     """
 
     def __init__(
@@ -163,12 +165,14 @@ class Sampler:
         }
         self.kind, self.eta = sampler, eta
         self.engines: dict[tuple[torch.device, torch.dtype], Engine] = {}
+        self.lock = threading.Lock()  # static memory and the model's mode serve one block at a time
 
     def release(self) -> None:
         """Gives back all recordings and their memory. The sampler can be used on."""
-        for engine in self.engines.values():
-            engine.release()
-        self.engines.clear()
+        with self.lock:
+            for engine in self.engines.values():
+                engine.release()
+            self.engines.clear()
 
     def __call__(
         self,
@@ -253,7 +257,12 @@ class Sampler:
                 trajectory: list[Tensor] | None = None if states is None else []
                 # Ordinary tensors even where the caller is in inference mode. Not around the loop: what is
                 # drawn goes out between two blocks, and the caller's own modes hold there.
-                with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+                with (
+                    self.lock,
+                    torch.inference_mode(False),
+                    torch.no_grad(),
+                    _evaluating(model),
+                ):
                     images = self._engine(device, dtype).block(
                         y[rows].to(device),
                         _block_scale(scale, rows, device),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,11 +270,20 @@ def test_stopped_in_the_middle(recordings: list[Recording], model: DiT) -> None:
     assert_same_bits("next", draw(sampler, [1, 2]), stepwise(model, [1, 2]))
 
 
-def test_threads_take_turns(recordings: list[Recording], model: DiT) -> None:
-    """G29."""
+def test_threads_take_turns(
+    monkeypatch: pytest.MonkeyPatch, recordings: list[Recording], model: DiT
+) -> None:
+    """G29: one engine, one recording, and no thread ends the eval mode that another one draws in."""
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.05)  # so that all threads are in here together, unless they take turns
+        return make_steps(*args)
+
+    monkeypatch.setattr(sys.modules[Sampler.__module__], "make_steps", slowly)
     sampler = Sampler(model, steps=STEPS)
     expected = [stepwise(model, [i, i + 1], seed=i) for i in range(4)]
     out: dict[int, Tensor] = {}
+    model.train()
 
     def run(i: int) -> None:
         out[i] = draw(sampler, [i, i + 1], seed=i)
@@ -285,6 +296,7 @@ def test_threads_take_turns(recordings: list[Recording], model: DiT) -> None:
     for i in range(4):
         assert_same_bits(f"thread {i}", out[i], expected[i])
     assert len(recordings) == 1
+    assert model.training
 
 
 def test_few_steps_are_not_worth_one(recordings: list[Recording], model: DiT) -> None:
