@@ -317,11 +317,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="DiT-XL/2",
     )
     add("--tokens", type=int, choices=(256, 1024), default=256)
-    add("--batch", type=int, nargs="+", default=[32, 128, 256])
+    add("--batch", type=int, nargs="+", help="32 128 256, with --quick the first two")
     add("--dtype", choices=("bf16", "fp32"), default="bf16")
     add("--steps", type=int, default=10, help="in a row, of a sample (%(default)s)")
     add("--rounds", type=int, default=5, help="samples of each (%(default)s)")
-    add("--quick", action="store_true", help="batches 32 and 128")
+    add("--quick", action="store_true", help="fewer batches")
     add("--largest-batch", action="store_true", help="what fits into 24, 40, 80 and 141 GB")
     add("--depth", type=int, help="blocks, fewer to try the program: no file is written")
     add("--no-compile", action="store_true", help="leave what is compiled out")
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.largest_batch:
         rows += largest_batches(models, device, options.dtype, template)
     else:
-        for batch in [32, 128] if options.quick else options.batch:
+        for batch in options.batch or ([32, 128] if options.quick else [32, 128, 256]):
             rows += measure(models, batch, device, options.dtype, options, template)
     print(table(rows))
     if options.depth is None:

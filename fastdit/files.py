@@ -8,13 +8,15 @@ behind has a name that starts with `.tmp-`.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,20 @@ def append_jsonl(path: PathLike, record: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 line = b"\n" + line
         file.write(line)
+
+
+def sha256(paths: Sequence[PathLike]) -> list[str]:
+    """The SHA-256 of files, as hexadecimal digits, several files at a time."""
+
+    def of_one(path: PathLike) -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(of_one, paths))
 
 
 def cache_folder() -> Path:

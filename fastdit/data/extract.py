@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..files import atomic_file, read_json, write_json
+from ..files import atomic_file, read_json, sha256, write_json
 from ..validation import require_choice
 from .decoding import BadImage
 from .images import Images
@@ -32,7 +32,6 @@ from .latents import (
     FORMAT,
     Shard,
     combine_statistics,
-    file_hashes,
     open_shard,
     read_record,
 )
@@ -357,7 +356,7 @@ def _finish(out: Path, plan: dict[str, Any], images: Images, vae: VAE, count: in
                 f"{_shard_path(out, number)}: is missing; start the process that makes it, and then rank 0 again"
             )
         shards.append(shard)
-    hashes = file_hashes([shard.path for shard in shards])
+    hashes = sha256([shard.path for shard in shards])
     items = sum(shard.items for shard in shards)
     if items == 0:
         raise ValueError(f"root={str(images.root)!r}: none of the {len(images)} images can be used")

@@ -13,13 +13,11 @@ the images: with both stored, nothing of that is lost.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..files import read_json
+from ..files import read_json, sha256
 from .classes import renumbering
 from .sampler import Key, is_flipped, split_key
 
@@ -146,9 +144,7 @@ class LatentFolder(Dataset[tuple[Tensor, int]]):
     def verify(self) -> None:
         """Reads all shards once. Raises ValueError naming the first whose SHA-256 is not the one in latents.json."""
         paths = [self.root / stored["file"] for stored in self._record["shards"]]
-        for stored, path, found in zip(
-            self._record["shards"], paths, file_hashes(paths), strict=True
-        ):
+        for stored, path, found in zip(self._record["shards"], paths, sha256(paths), strict=True):
             if found != stored["sha256"]:
                 raise ValueError(
                     f"{path}: SHA-256 {found}, latents.json has {stored['sha256']}; the shard was changed"
@@ -290,20 +286,6 @@ def combine_statistics(sums: list[dict[str, Any]], scaling_factor: float) -> dic
         for m, m2, v in zip(mean, squares, variance, strict=True)
     ]
     return {"mean": [scaling_factor * m for m in mean], "std": std, "values": values}
-
-
-def file_hashes(paths: list[Path]) -> list[str]:
-    """The SHA-256 of files, several at a time."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(_file_hash, paths))
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _labels(shard: Shard, classes: int) -> np.ndarray[Any, np.dtype[np.int64]]:

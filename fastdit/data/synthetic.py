@@ -1,4 +1,7 @@
-"""Latents that are random numbers: a training run without a disk, for measuring everything else."""
+"""Latents that are random numbers: a training run without a disk, for measuring everything else.
+
+They are drawn when the data is opened, so that an item costs little more than its memory.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .classes import renumbering
-from .sampler import Key, derived_seed, split_key
+from .sampler import Key, split_key
 
 IMAGENET = 1_281_167  # images of the training part
+DIFFERENT = 1021  # images that differ; a prime, so that they meet every label
 
 
 class Synthetic(Dataset[tuple[Tensor, int]]):
     """Standard normal numbers in the shape of scaled latents, as many as ImageNet has images.
 
     `dataset[index]` and `dataset[index, epoch]` give (latents float32 (latent_channels, s, s), index % num_classes)
-    with s = `latent_size` = image_size / downsample_factor; a pure function of the index. `moments` is False: these are
-    latents, and nothing has to be sampled from them. `vae` is None: no decoder makes images of them.
+    with s = `latent_size` = image_size / downsample_factor; a pure function of the index, of which every 1021st has the
+    same latents. `moments` is False: these are latents, and nothing has to be sampled from them. `vae` is None: no
+    decoder makes images of them.
 
     Raises ValueError where image_size cannot be divided, for numbers below one, and for other `classes` than were
     trained ("0", "1", ...).
@@ -57,14 +62,13 @@ class Synthetic(Dataset[tuple[Tensor, int]]):
         self.length = length
         names = [str(label) for label in range(num_classes)]
         self.classes, self._renumbered = renumbering("data='synthetic'", names, classes)
+        shape = (DIFFERENT, self.channels, self.latent_size, self.latent_size)
+        self._latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         index, _ = split_key(key, len(self))
-        generator = torch.Generator().manual_seed(derived_seed(index))
-        latents = torch.randn(
-            (self.channels, self.latent_size, self.latent_size), generator=generator
-        )
+        latents = self._latents[index % DIFFERENT].clone()
         return latents, self._renumbered[index % len(self.classes)]

@@ -3,8 +3,8 @@
     checkpoints/step-00001000/
         model.safetensors      the trained weights, under the original's names
         ema.safetensors        their average; of others too, ema-0.999.safetensors
-        optimizer/             exp_avg.<parameter>, exp_avg_sq.<parameter> and step, in shards of safetensors, which
-                               torch.distributed.checkpoint writes in parallel and reads into any number of processes
+        optimizer/             exp_avg.<parameter>, exp_avg_sq.<parameter> and step, in files of safetensors, which
+                               all processes write side by side, and torch.distributed.checkpoint reads into any number
         rng/rank-00000.safetensors     the random generators of a process, uint8
         model.json             what the weights belong to, see `fastdit.weights`
         state.json             {"format": 2, "step": …, and what else the loop counts}
@@ -34,8 +34,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
 
 from .. import files
 from ..distributed import World
@@ -126,7 +131,7 @@ class Saver:
         whole: dict[str, Mapping[str, Tensor]] = {
             name: _whole(module, self.world.rank == 0) for name, module in modules.items()
         }
-        optimizer = {name: _on_cpu(value) for name, value in trained.optimizer.state().items()}
+        optimizer = _on_cpu(trained.optimizer.state(), self.world)
         if trained.generator.device.type == "cuda":
             torch.cuda.synchronize(trained.generator.device)  # now the copies are there
         return Staged(
@@ -146,7 +151,9 @@ class Saver:
         except OSError as error:
             self.error = error
         except Exception as error:  # noqa: BLE001  `wait` raises it
+            # Whatever it is here, in the other processes it is a message: all take it as what the disk did.
             self.error = OSError(f"{path}: not written: {error}")
+            self.error.__cause__ = error
 
     def _write(self, path: Path, staged: Staged) -> None:
         """Each part is done by all, or by the first alone, and begun when the part before was done everywhere."""
@@ -194,13 +201,15 @@ class Saver:
             files.write_json(folder / "state.json", staged.state)
 
     def _write_optimizer(self, folder: Path, state: dict[str, Tensor]) -> None:
-        if (
-            self.world.size == 1
-        ):  # the same format, without a warning that there is only one process
-            save_weights(state, folder / "shard-00001.safetensors")
-        else:
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        if not any(hasattr(value, "full_tensor") for value in state.values()):
+            save_weights(state, folder / f"shard-{self.world.rank + 1:05d}.safetensors")
+            return
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        try:
             dcp.save(state, storage_writer=writer, process_group=self.group)
+        except CheckpointException as error:  # not an Exception, and of many lines
+            rank, (problem, _) = min(error.failures.items())
+            raise OSError(f"{folder}: rank {rank}: {type(problem).__name__}: {problem}") from error
 
 
 def _whole(module: nn.Module, wanted: bool) -> dict[str, Tensor]:
@@ -222,23 +231,28 @@ def _copied(value: Tensor) -> Tensor:
     return copy.copy_(value.detach(), non_blocking=True)
 
 
-def _on_cpu(value: Tensor) -> Tensor:
-    """A copy, in the same shards where it is in any."""
-    if not hasattr(value, "full_tensor"):
-        return _copied(value)
-    from torch.distributed.device_mesh import init_device_mesh
+def _on_cpu(state: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Copies of what this process writes: of tensors in shards its own; of others, which all have, every n-th."""
+    if not any(hasattr(value, "full_tensor") for value in state.values()):
+        names = list(state)[world.rank :: world.size]
+        return {name: _copied(state[name]) for name in names}
     from torch.distributed.tensor import DTensor
 
-    local = _copied(value.to_local())  # type: ignore[attr-defined]
-    mesh = init_device_mesh("cpu", value.device_mesh.shape)  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        local,
-        mesh,
-        value.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=value.shape,
-        stride=value.stride(),
-    )
+    mesh = init_device_mesh("cpu", (world.size,))
+    copies = {}
+    for name, value in state.items():
+        if not isinstance(value, DTensor):
+            copies[name] = _copied(value)  # of which torch.distributed.checkpoint writes one
+            continue
+        copies[name] = DTensor.from_local(
+            _copied(value.to_local()),
+            mesh,
+            value.placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+    return copies
 
 
 def _require_space(path: Path, before: list[Path]) -> None:

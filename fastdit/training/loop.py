@@ -833,7 +833,8 @@ def _open_run(config: TrainConfig) -> Path | None:
     if not (config.resume or config.auto_resume):
         if exists or (folder / "checkpoints").exists():
             raise ValueError(
-                f"out={config.out!r}: holds a run already; resume=True continues it, another out begins a new one"
+                f"out={config.out!r}: holds a run already; resume=True (--resume) continues it, another out begins a "
+                "new one"
             )
         return None
     if not exists:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..files import PathLike, read_json, write_json
 from ..models import DiT, get_2d_sincos_pos_embed
 from ..validation import nearest
+from . import manifest
 from .architecture import HeadsUnknown, infer_config, load_into, resolve_heads
 from .formats import read_diffusers_folder, to_original
 from .hub import locate_pretrained, upload
@@ -124,6 +125,9 @@ def read_pretrained(
         return _read_file(path, which, num_heads, check_finite, heads_required)
     if is_run(path):
         file, _ = locate(path, which)
+        written = (file.parent / manifest.NAME).exists()
+        if written and (wrong := manifest.problems(file.parent, only=(file.name, "model.json"))):
+            raise ValueError(wrong[0])
         return _read_file(file, which, num_heads, check_finite, heads_required)
     if (path / "model_index.json").exists() or _is_diffusers(path / "config.json"):
         weights, config, notes = read_diffusers_folder(path, check_finite=check_finite)

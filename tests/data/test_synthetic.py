@@ -34,6 +34,16 @@ def test_items_are_a_function_of_the_index() -> None:
         data[7]
 
 
+def test_what_is_done_to_an_item_stays_with_it() -> None:
+    data = Synthetic(32, length=5000)
+    before = data[3][0].clone()
+    data[3][0].zero_()
+    assert torch.equal(data[3][0], before)
+    latents, label = data[3 + 1021]
+    assert torch.equal(latents, before)
+    assert label == 24
+
+
 def test_pickle() -> None:
     data = Synthetic(32, length=7)
     assert torch.equal(pickle.loads(pickle.dumps(data))[3][0], data[3][0])  # noqa: S301

@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,8 +31,12 @@ from typing import Any
 
 from safetensors import deserialize
 
+from tests.rendezvous import rendezvous
+
 ROOT = Path(__file__).parents[2]
 TIMING = ("seconds", "seconds_since_log", "images_per_second", "seconds_per_step", "mfu")
+# Seconds, after which a process hangs. What it does takes a few, and many where the machine is busy.
+PATIENCE = 120.0
 
 
 # ------------------------------------------------------------------ of the tests: processes
@@ -94,6 +97,7 @@ class Child:
     def __init__(self, server: Server, pid: int, log: Path) -> None:
         self.server, self.pid, self.log = server, pid, log
         self.status: int | None = None
+        self.store: Any = None  # of several processes, which is gone with the last of them
 
     @property
     def said(self) -> str:
@@ -104,15 +108,15 @@ class Child:
             self.status = self.server.ask(poll=self.pid)
         return self.status is not None
 
-    def wait(self, timeout: float = 60) -> int:
-        """Its exit status, negative for a signal. It is killed, and the test fails, if it takes longer."""
-        until = time.monotonic() + timeout
+    def wait(self) -> int:
+        """Its exit status, negative for a signal. It is killed, and the test fails, if it hangs."""
+        until = time.monotonic() + PATIENCE
         while not self.ended():
             if time.monotonic() > until:
                 os.kill(self.pid, signal.SIGUSR2)  # where it stands is told in its log
                 time.sleep(0.1)
                 self.kill()
-                raise AssertionError(f"still running after {timeout} s:\n{self.said}")
+                raise AssertionError(f"still running after {PATIENCE} s:\n{self.said}")
             time.sleep(0.005)
         assert self.status is not None
         return self.status
@@ -139,12 +143,9 @@ class Runs:
         """The processes of a tiny run in the folder `name`: one, or `size` with what torchrun says to them."""
         options = options_of(self.folder / name, **changes)
         environment: dict[str, str] = {}
+        store = None
         if size > 1:
-            environment = {
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(free_port()),
-            }
+            store, environment = rendezvous(size)
         children = []
         # The generators of Python and NumPy begin anywhere; here alike in all runs, and elsewhere where one is resumed.
         seed = 1 + len(list((Path(options["out"]) / "checkpoints").glob("step-*")))
@@ -159,14 +160,15 @@ class Runs:
                 trace=str(self.folder / f"{name}.{rank}.trace"),
                 seed=seed,
             )
+            child.store = store
             children.append(child)
         return children
 
-    def run(self, name: str, *, timeout: float = 60, **options: Any) -> list[Child]:
+    def run(self, name: str, **options: Any) -> list[Child]:
         """The processes of `start`, after their end."""
         children = self.start(name, **options)
         for child in children:
-            child.wait(timeout)
+            child.wait()
         return children
 
     def finish(self, name: str, **options: Any) -> Path:
@@ -228,13 +230,6 @@ def options_of(folder: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint_every": 2,
         "device": "cpu",
     } | changes
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 # ------------------------------------------------------------------ of the tests: what runs leave
@@ -550,6 +545,22 @@ def _no_space(step: int, what: str, rank: int = 0) -> None:
     writing.save_file = save_file
 
 
+def _no_space_for_shards(step: int, rank: int = 0) -> None:
+    """The same, of torch.distributed.checkpoint, which makes an error of its own of it."""
+    from fastdit.training import checkpoint
+
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+
+    class Writer(checkpoint.HuggingFaceStorageWriter):
+        def write_data(self, *arguments: Any, **options: Any) -> Any:
+            if f"step-{step:08d}" in str(self.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            return super().write_data(*arguments, **options)
+
+    checkpoint.HuggingFaceStorageWriter = Writer
+
+
 def drawn_weights() -> None:
     """A model none of whose weights begins at zero, behind which most gradients would be zero too."""
     import torch
@@ -656,6 +667,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "full": _full_from,
     "largest": _largest_from,
     "no space": _no_space,
+    "no space for shards": _no_space_for_shards,
     "gradients": _gradients,
     "drawn weights": drawn_weights,
     "forgets": _forgets,
@@ -722,6 +734,12 @@ def _child(arguments: dict[str, Any], log: str, environment: dict[str, str]) -> 
         os._exit(status)
 
 
+def _threads() -> int:
+    """How many this process has, where the system tells."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 1
+
+
 def _serve() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
@@ -737,9 +755,10 @@ def _serve() -> None:
         # Whatever is imported or built by the first run only is there for all children.
         train(TrainConfig(**options_of(Path(folder) / "run", steps=3)))
     plots.missing_packages = missing_packages
-    threads = (
-        len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
-    )
+    # A thread that was joined has ended for Python; the system may take longer.
+    until = time.monotonic() + PATIENCE
+    while (threads := _threads()) > 1 and time.monotonic() < until:
+        time.sleep(0.001)
     assert threads == 1, f"{threads} threads: a fork would copy one, and the locks of all"
     for line in sys.stdin:
         command = json.loads(line)

@@ -65,8 +65,8 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-def until(holds: Any, children: list[Child], timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
+def until(holds: Any, children: list[Child]) -> None:
+    end = time.monotonic() + processes.PATIENCE
     while not holds():
         assert time.monotonic() < end, "\n".join(child.said for child in children)
         assert not any(child.ended() for child in children), "\n".join(c.said for c in children)
@@ -313,17 +313,24 @@ def test_signal_to_one_stops_both_after_the_same_step(way: str, number: int, run
     options: dict[str, Any] = {"size": 2, "parallel": way, "log_every": 1}
     children = runs.start("run", steps=100_000, checkpoint_every=100_000, **options)
     run = runs.folder / "run"
-    until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, children)
+    written = run / "metrics.jsonl"
+    until(lambda: written.exists() and written.read_text().count("\n") > 2, children)
     children[1].kill(number)
-    asked = time.monotonic()
-    assert [child.wait(20) for child in children] == [0, 0], children[0].said + children[1].said
-    assert time.monotonic() - asked < 10
+    assert [child.wait() for child in children] == [0, 0], children[0].said + children[1].said
     (step,) = steps_saved(run)
     assert metrics(run)[-1]["step"] == step
     ranks = [runs.folder / f"run.{rank}.trace" for rank in range(2)]
     assert [len(trace.read_text().splitlines()) for trace in ranks] == [step, step]
     assert f"stopped after step {step:,}, which is saved" in children[0].said
     assert not (run / "run.lock").exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_signal_to_one_is_known_to_both_one_step_later(way: str, runs: Runs) -> None:
+    """Told with the sums of the step under way, here the third, and read in the next."""
+    fault = {"kind": "at", "point": "update", "step": 3, "do": "term", "rank": 1}
+    run = runs.finish("run", size=2, parallel=way, faults=[fault], checkpoint_every=100)
+    assert steps_saved(run) == [4]
 
 
 # ------------------------------------------------------------------ what is not finite
@@ -396,9 +403,7 @@ FAILURES = [
 )
 def test_error_of_one_while_saving_ends_both(point: str, rank: int, runs: Runs) -> None:
     fault = {"kind": "at", "point": point, "step": 4, "do": "raise", "rank": rank}
-    begun = time.monotonic()
-    children = runs.run("run", size=2, faults=[fault], timeout=30)
-    assert time.monotonic() - begun < 30
+    children = runs.run("run", size=2, faults=[fault])  # long before `collective_timeout`
     assert [child.status for child in children] == [1, 1]
     for child in children:
         assert "injected" in child.said, child.said
@@ -419,7 +424,7 @@ def test_error_of_one_while_saving_is_passed_over_by_both(
 ) -> None:
     fault = {"kind": "at", "point": point, "step": 4, "do": "raise", "rank": rank}
     options: dict[str, Any] = {"size": 2, "on_save_error": "warn", "keep_checkpoints": None}
-    children = runs.run("run", faults=[fault], timeout=30, **options)
+    children = runs.run("run", faults=[fault], **options)
     assert [child.status for child in children] == [0, 0], children[0].said + children[1].said
     assert processes.saved(runs.folder / "run") == [f"step-0000000{step}" for step in (2, 6, 8)]
     assert "NOT SAVED, the run goes on" in children[0].said
@@ -431,9 +436,20 @@ def test_writers_other_error_is_passed_over_by_both(kind: str, runs: Runs) -> No
     """The first process has the error itself, the second a message of it: neither may go on alone."""
     faults = [{"kind": "no space", "step": 4, "what": kind}]
     options: dict[str, Any] = {"size": 2, "on_save_error": "warn", "keep_checkpoints": None}
-    children = runs.run("run", faults=faults, timeout=30, **options)
+    children = runs.run("run", faults=faults, **options)
     assert [child.status for child in children] == [0, 0], children[0].said + children[1].said
     assert steps_saved(runs.folder / "run") == [2, 6, 8]
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_shards_that_cannot_be_written_are_passed_over_by_both(rank: int, runs: Runs) -> None:
+    faults = [{"kind": "no space for shards", "step": 4, "rank": rank}]
+    options: dict[str, Any] = {"size": 2, "parallel": "fsdp", "keep_checkpoints": None}
+    children = runs.run("run", faults=faults, on_save_error="warn", **options)
+    assert [child.status for child in children] == [0, 0], children[0].said + children[1].said
+    assert steps_saved(runs.folder / "run") == [2, 6, 8]
+    assert "NOT SAVED, the run goes on" in children[0].said
+    assert "No space left" in children[0].said
 
 
 @pytest.mark.parametrize("point", ["update", "all files"])
@@ -441,7 +457,7 @@ def test_one_is_killed(point: str, runs: Runs) -> None:
     """Of training, or of saving: the other ends with an error, and the run goes on from what was saved before."""
     fault = {"kind": "at", "point": point, "step": 4, "rank": 1}
     faults = [{"kind": "saves at once"}, fault]
-    children = runs.run("run", size=2, faults=faults, timeout=30, collective_timeout=10)
+    children = runs.run("run", size=2, faults=faults)  # long before `collective_timeout`
     assert children[1].status == -9
     assert children[0].status == 1, children[0].said
     assert steps_saved(runs.folder / "run") == [2]
@@ -452,9 +468,9 @@ def test_one_is_killed(point: str, runs: Runs) -> None:
 def test_one_stands_still(point: str, runs: Runs) -> None:
     """Stopped, so that its connections stay open: the other gives up after `collective_timeout`."""
     fault = {"kind": "at", "point": point, "step": 4, "do": "stop", "rank": 1}
-    children = runs.start("run", size=2, faults=[fault], collective_timeout=8)
+    children = runs.start("run", size=2, faults=[fault], collective_timeout=15)
     try:
-        assert children[0].wait(30) == 1
+        assert children[0].wait() == 1
     finally:
         children[1].kill()
     assert steps_saved(runs.folder / "run") in ([], [2])  # it may have been on its way to the disk

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from fastdit.files import sha256
 from fastdit.weights import checkpoints, problems, write_manifest
-from fastdit.weights.manifest import sha256
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_hash_of_more_than_one_block(tmp_path: Path) -> None:
 
     data = bytes(2**22) + b"more"
     (tmp_path / "file").write_bytes(data)
-    assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert sha256([tmp_path / "file"]) == [hashlib.sha256(data).hexdigest()]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/shard-00001.safetensors"])

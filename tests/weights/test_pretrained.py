@@ -22,7 +22,7 @@ import fastdit
 from fastdit import DiT, from_pretrained, save_pretrained, save_weights
 from fastdit.files import cache_folder
 from fastdit.testing import assert_same_bits
-from fastdit.weights import convert, hub, inspect_weights
+from fastdit.weights import convert, hub, inspect_weights, write_manifest
 from fastdit.weights.hub import PUBLISHED, Published
 
 SIZES: dict[str, Any] = {
@@ -122,6 +122,27 @@ def test_several_averages(tmp_path: Path) -> None:
         save_weights(one, tmp_path / f"{name}.safetensors")
     for which, one in {"model": model, "ema": ema, "ema:0.99999": slow}.items():
         assert_same_model(from_pretrained(tmp_path, which=which), one)
+
+
+def test_weights_that_are_not_what_the_checkpoint_wrote(tmp_path: Path) -> None:
+    """Files of two checkpoints in one folder load without a fault, and are no model that was ever trained."""
+    model, other = make_model(1), make_model(2)
+    description = {
+        "format": 1,
+        "model": model.config,
+        "classes": [],
+        "diffusion": {},
+        "images": {},
+    }
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    for name in ("model", "ema"):
+        save_weights(model, tmp_path / f"{name}.safetensors")
+    write_manifest(tmp_path, {})
+    assert_same_model(from_pretrained(tmp_path), model)
+    save_weights(other, tmp_path / "ema.safetensors")
+    assert_same_model(from_pretrained(tmp_path, which="model"), model)
+    with pytest.raises(ValueError, match=r"ema\.safetensors: damaged, SHA-256"):
+        from_pretrained(tmp_path)
 
 
 def test_non_square_models(tmp_path: Path) -> None:
