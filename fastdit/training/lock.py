@@ -10,8 +10,9 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ PATIENCE = 100  # looks at a lock that says nothing, 10 ms apart
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[Callable[[], None]]:
     """Holds `folder`/run.lock/holder.json, {"host", "machine", "pid", "started", "since"}, while the body runs.
 
     A lock whose process is gone is taken over with a warning: of this machine (host, boot and container), where no
     process has its number, or the one that has it started at another time; of another, where there was no sign of life
-    for two minutes (a thread touches the file every ten seconds).
+    for two minutes (a thread touches the file every ten seconds). A process that is suspended gives none, and goes on
+    without its lock: what this yields raises FileExistsError then.
 
     Raises FileExistsError naming the holder where there is one, and OSError where the folder cannot be written.
     """
@@ -48,10 +50,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     else:
         raise FileExistsError(f"{lock}: not a lock; where nobody trains in {folder}, remove it")
     over = threading.Event()
-    alive = threading.Thread(target=_keep_alive, args=(lock, over), daemon=True)
+    alive = threading.Thread(target=_keep_alive, args=(lock, own, over), daemon=True)
     alive.start()
     try:
-        yield
+        yield partial(_require_held, lock, own)
     finally:
         over.set()
         alive.join()
@@ -190,10 +192,18 @@ def _read(lock: Path) -> dict[str, Any] | None:
     return record
 
 
-def _keep_alive(lock: Path, over: threading.Event) -> None:
+def _require_held(lock: Path, own: dict[str, Any]) -> None:
+    if (holder := _read(lock)) is not None and holder != own:
+        raise FileExistsError(
+            f"out={str(lock.parent)!r}: {_who(holder)} took the run over while this process stood still"
+        )
+
+
+def _keep_alive(lock: Path, own: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(HEARTBEAT):
         try:
-            os.utime(lock / "holder.json")
+            if _read(lock) == own:
+                os.utime(lock / "holder.json")
         except OSError as error:
             warnings.warn(f"{lock}: {error}", stacklevel=2)
 

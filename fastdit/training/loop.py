@@ -122,8 +122,7 @@ class Trainer:
         self.config, self.device = config, device
         self.world = World() if among is None else among
         self.folder = Path(config.out)
-        self.found = checkpoints(self.folder)
-        self.previous = self._together(lambda: _open_run(config), decided_by_first=True)
+        self.found, self.previous = self._together(lambda: _open_run(config), decided_by_first=True)
         share = config.batch_size // self.world.size
         if config.batch_size % self.world.size or share % config.accumulate:
             raise ValueError(
@@ -133,7 +132,10 @@ class Trainer:
         self.part = slice(self.world.rank * share, (self.world.rank + 1) * share)
 
         # All global ones: data or a model that somebody gives may draw from them.
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # `torch.manual_seed` is for every GPU
+                torch.cuda.manual_seed(config.seed)
         np.random.seed(config.seed % 2**32)
         random.seed(config.seed)
         classes = load_description(self.previous)["classes"] if self.previous else None
@@ -236,7 +238,7 @@ class Trainer:
                 f"{self.folder} is at step {self.step:,} of {config.steps:,}: nothing is left to do"
             )
             return self.folder
-        with closing(self._batches()) as batches:
+        with self._precision(), closing(self._batches()) as batches:
             # Read before anything is written, so that unusable data leaves no run behind.
             first = self._together(lambda: next(batches))
             self._run(itertools.chain([first], batches))
@@ -246,7 +248,7 @@ class Trainer:
 
     def _run(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         self._together(lambda: self.folder.mkdir(parents=True, exist_ok=True), only_first=True)
-        with self._locked(), self._precision():
+        with self._locked():
             self._begin()
             with self._reporter() as self.reporter, stop_signals() as self.received:
                 try:
@@ -267,10 +269,10 @@ class Trainer:
                 stop = self._agreed_to_stop()
                 if self._due(config.log_every):
                     self._log(bar)
-                if self._due(config.sample_every):
-                    self._draw_samples()
                 if self._due(config.checkpoint_every) or stop:
                     self._save()
+                if self._due(config.sample_every):
+                    self._draw_samples()
                 if stop:
                     self._wait_for_checkpoint(last=True)
                     self._tell(f"stopped after step {self.step:,}, which is saved")
@@ -389,12 +391,23 @@ class Trainer:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         """TF32 in the products of float32, where it was asked for."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.config.precision == "tf32" else before)
+        if self.config.precision != "tf32":
+            yield
+            return
+        matmul: Any = torch.backends.cuda.matmul
+        try:
+            before, newer = torch.get_float32_matmul_precision(), False
+            torch.set_float32_matmul_precision("high")
+        except RuntimeError:  # it was set by the newer switch; torch refuses to mix the two
+            before, newer = matmul.fp32_precision, True
+            matmul.fp32_precision = "tf32"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            if newer:
+                matmul.fp32_precision = before
+            else:
+                torch.set_float32_matmul_precision(before)
 
     def _without_reduction(self, wanted: bool) -> Any:
         """Gradients are reduced among the processes once, after the last part of a batch."""
@@ -421,7 +434,7 @@ class Trainer:
             host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             host.copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(flags.device))
         else:
             host = flags
         self.flags = (self.step, host, event)
@@ -513,7 +526,7 @@ class Trainer:
     def _locked(self) -> Iterator[None]:
         """Alone in the folder, which is as it was found: another process may have gone on with the run meanwhile."""
         lock = run_lock(self.folder)
-        self._together(lock.__enter__, only_first=True)
+        self.require_held = self._together(lock.__enter__, only_first=True)
         try:
             self._together(self._require_unchanged, only_first=True)
             yield
@@ -588,7 +601,7 @@ class Trainer:
         """samples/step-XXXXXXXX.png from the averaged weights, one column for each of the first ten classes."""
         if not self.pictures or (self.world.rank and not self.sharded):
             return
-        with self._off_the_clock():
+        with self._off_the_clock(), self._going_on():
             columns = min(len(self.dataset.classes), 10)
             with self._autocast():
                 images = sample(
@@ -605,12 +618,19 @@ class Trainer:
             if self.vae is not None:
                 images = self.vae.decode(images)
             elif self.dataset.space == "latents":
-                images = images[
-                    :, :3
-                ]  # no decoder at hand: three channels show whether there is structure
+                # No decoder at hand: three channels show whether there is structure.
+                images = images[:, :3]
             path = self.folder / "samples" / f"step-{self.step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             save_grid(to_uint8(images), path, columns=columns)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A picture that cannot be drawn ends no run."""
+        try:
+            yield
+        except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+            self._tell(f"NOT DRAWN, the run goes on: {error}")
 
     def _draw_loss_curve(self) -> None:
         if self.world.rank or not self.pictures:
@@ -619,13 +639,14 @@ class Trainer:
         records = [record for record in records if record["loss"] is not None]
         if not records:
             return
-        with self._off_the_clock():
+        with self._off_the_clock(), self._going_on():
             title = f"{_name(self.config)}, {_parameters(self.model)}"
             plots.draw_loss_curve(records, self.folder / "loss.png", title)
 
     def _save(self) -> None:
         """Copies what is to be kept, and has it written while the training goes on."""
         with self._off_the_clock():
+            self._together(lambda: self.require_held(), only_first=True)
             self._wait_for_checkpoint()
             self._read_pending_flags()
             state = {
@@ -819,32 +840,36 @@ def _initialise(model: DiT, source: str) -> None:
         print(note)
 
 
-def _open_run(config: TrainConfig) -> Path | None:
-    """The checkpoint from which `out` is resumed, or None where the run begins at step 0. Changes nothing."""
+def _open_run(config: TrainConfig) -> tuple[list[Path], Path | None]:
+    """The checkpoints that `out` holds, and the one from which the run is resumed; None where it begins at step 0.
+
+    Changes nothing.
+    """
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={config.out!r}: expected a folder, this is a file")
     if config.auto_resume:
         wait_for_the_dead(folder)
     require_unlocked(folder)
+    found = checkpoints(folder)
     exists = (folder / "config.json").exists()
     if config.auto_resume and not exists and not (folder / "checkpoints").exists():
-        return None
+        return found, None
     if not (config.resume or config.auto_resume):
         if exists or (folder / "checkpoints").exists():
             raise ValueError(
                 f"out={config.out!r}: holds a run already; resume=True (--resume) continues it, another out begins a "
                 "new one"
             )
-        return None
+        return found, None
     if not exists:
         raise ValueError(f"out={config.out!r}: no run to resume, expected {folder / 'config.json'}")
     _require_resumable(config, TrainConfig.from_json(folder / "config.json"))
     try:
-        return checkpoint.newest_whole(folder)
+        return found, checkpoint.newest_whole(folder)
     except FileNotFoundError:
         print(f"{folder} has no checkpoint yet: the run begins at step 0")
-        return None
+        return found, None
 
 
 def _stored(config: TrainConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastdit.training import Trainer, train
 from fastdit.training import lock as module
 from fastdit.training.lock import DEAD_AFTER, require_unlocked, run_lock
 
 from . import processes
+from .helpers import tiny
 from .processes import Runs, Server, steps_saved
 
 # No process has it: numbers end at 2**22.
@@ -175,6 +179,69 @@ def test_lock_that_somebody_else_took_over_is_left_to_him(tmp_path: Path) -> Non
         lock.rename(tmp_path / "gone")
         other = held_by(tmp_path, host="elsewhere")
     assert other.exists(), "it was removed by one that did not hold it"
+
+
+def test_process_that_stood_still_neither_writes_nor_holds_for_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT", 0.01)
+    with run_lock(tmp_path) as require_held:
+        require_held()
+        (tmp_path / "run.lock").rename(tmp_path / "gone")
+        other = held_by(tmp_path, host="elsewhere")
+        os.utime(other, (0, 0))
+        with pytest.raises(FileExistsError, match=r"on elsewhere .* took the run over while"):
+            require_held()
+        beats: list[float] = []
+        monkeypatch.setattr(module, "_read", _counted(module._read, beats))
+        while len(beats) < 3:
+            time.sleep(0.001)
+        assert other.stat().st_mtime == 0, "the other's lock would never look abandoned"
+
+
+def _counted(read: Any, calls: list[float]) -> Any:
+    def counted(lock: Path) -> Any:
+        found = read(lock)
+        calls.append(0)
+        return found
+
+    return counted
+
+
+def test_a_run_that_was_taken_over_is_not_saved(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(tmp_path / "run", steps=4), torch.device("cpu"))
+    update = trainer._update
+
+    def taken_over(x0: Any, y: Any) -> None:
+        if trainer.step == 2:  # after the first checkpoint
+            trainer.saver.join()
+            (tmp_path / "run" / "run.lock").rename(tmp_path / "gone")
+            held_by(tmp_path / "run", host="elsewhere")
+        update(x0, y)
+
+    trainer._update = taken_over  # type: ignore[method-assign]
+    with pytest.raises(FileExistsError, match="took the run over"):
+        trainer.run()
+    assert steps_saved(tmp_path / "run") == [2]
+
+
+def test_what_was_saved_while_waiting_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of another node writes its last checkpoint, and lets go."""
+    out = tmp_path / "run"
+    train(tiny(out, steps=4))
+    late, hidden = out / "checkpoints" / "step-00000004", tmp_path / "hidden"
+    late.rename(hidden)
+    held_by(out, host="elsewhere")
+
+    def sleep(_: float) -> None:
+        hidden.rename(late)
+        shutil.rmtree(out / "run.lock")
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    train(tiny(out, steps=6, auto_resume=True))
+    assert steps_saved(out)[-1] == 6
 
 
 def test_the_same_name_on_another_machine(tmp_path: Path) -> None:

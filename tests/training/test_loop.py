@@ -25,7 +25,8 @@ from fastdit.files import read_json
 from fastdit.models import multiply_adds
 from fastdit.sampling import sample, save_grid, to_uint8
 from fastdit.testing import assert_close, assert_gradient_close, assert_same_bits
-from fastdit.training import TrainConfig, checkpoint, train
+from fastdit.training import TrainConfig, checkpoint, loop, train
+from fastdit.training.checkpoint import Saver
 from fastdit.training.loop import Trainer, _dataset, _model, learning_rate
 from fastdit.training.metrics import peak_flops, read_metrics
 from fastdit.weights import load_description, problems
@@ -321,6 +322,38 @@ def test_pictures_are_drawn_and_change_nothing(pictures: None, tmp_path: Path) -
     expected = tensors(plain, 4)
     for name, value in tensors(drawn, 4).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FloatingPointError("40 of 40"), OSError("No space"), torch.OutOfMemoryError("2 GiB")],
+)
+def test_a_picture_that_cannot_be_drawn_ends_no_run(
+    error: Exception,
+    pictures: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And the checkpoint that is due is on its way before anything is drawn."""
+    started: list[int] = []
+    save = Saver.save
+
+    def noted(self: Saver, trained: Any, state: Any, description: Any) -> None:
+        save(self, trained, state, description)
+        started.append(state["step"])
+
+    def broken(*_: Any, **__: Any) -> None:
+        started.append(0)
+        raise error
+
+    monkeypatch.setattr(Saver, "save", noted)
+    monkeypatch.setattr(loop, "sample", broken)
+    monkeypatch.setattr(loop.plots, "draw_loss_curve", broken)
+    run = train(tiny(tmp_path / "run", steps=4, checkpoint_every=2, sample_every=2))
+    assert started == [2, 0, 0, 4, 0, 0]
+    assert capsys.readouterr().out.count(f"NOT DRAWN, the run goes on: {error}") == 4
+    assert not (run / "samples").exists()
 
 
 def test_grid_of_a_model_without_null_class_is_unguided(pictures: None, tmp_path: Path) -> None:
@@ -1035,6 +1068,42 @@ def test_logit_normal_never_leaves_the_schedule(
     extreme = torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0])
     monkeypatch.setattr(trainer, "_drawn", lambda *_: extreme)
     assert trainer._timesteps().tolist() == [0, 0, 500, 999, 999]
+
+
+def test_tf32_holds_for_the_data_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VAE encodes them: the first batch of a resumed run has to be that of the undisturbed one."""
+    seen: list[str] = []
+    original = Trainer._x0
+
+    def noted(self: Trainer, items: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return original(self, items)
+
+    monkeypatch.setattr(Trainer, "_x0", noted)
+    train(tiny(tmp_path / "run", steps=2, precision="tf32"))
+    assert set(seen) == {"high"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_by_the_newer_switch(precision: str, tmp_path: Path) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    seen: set[str] = set()
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            torch.get_float32_matmul_precision()
+        for outside in ("tf32", "ieee"):
+            matmul.fp32_precision = outside
+            trainer = Trainer(tiny(tmp_path / outside, steps=1, precision=precision), CPU)
+            trainer.model.x_embedder.register_forward_hook(
+                lambda *_: seen.add(matmul.fp32_precision)
+            )
+            trainer.run()
+            assert matmul.fp32_precision == outside
+    finally:
+        matmul.fp32_precision = before
+    assert seen == ({"tf32"} if precision == "tf32" else {"tf32", "ieee"})
 
 
 @pytest.mark.parametrize("before", ["highest", "medium"])
