@@ -59,16 +59,16 @@ class TrainConfig:
     vae: str | None = None
     """Train on the latents of this AutoencoderKL (a folder or a hub name) instead of on pixels."""
     image_size: int | None = None
-    """Height and width to which images are cropped, in pixels. Default: 256; the digits are 8."""
+    """Height and width to which images are cropped, in pixels. None: 256; the digits are 8."""
     horizontal_flip: bool | None = None
-    """Mirror half of the images. Default: folders yes; digits are never mirrored."""
+    """Mirror half of the images. None: folders yes; digits are never mirrored."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do about files that cannot be read as an image."""
     num_workers: int | None = None
-    """Processes that read images; 0 reads in the training process. Default: up to 4, for the digits 0."""
+    """Processes that read images; 0 reads in the training process. None: up to 4, for the digits 0."""
 
     model: str | None = None
-    """A name such as DiT-XL/2. Default: the four sizes below, or DiT-S/2 if they are not given either."""
+    """A name such as DiT-XL/2. None: the four sizes below, or DiT-S/2 if they are not given either."""
     hidden_size: int | None = None
     """Width D of a model of your own."""
     depth: int | None = None
@@ -80,7 +80,7 @@ class TrainConfig:
     conditioning: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = "adaln_zero"
     """How timestep and class reach the blocks."""
     num_classes: int | None = None
-    """Rows of the label table, at least the classes in the data. Default: the classes in the data."""
+    """Rows of the label table, at least the classes in the data. None: the classes in the data."""
     class_dropout_prob: float = 0.1
     """How often a label is replaced by the null class. 0 leaves that class out, and guidance with it."""
     learn_sigma: bool = True
@@ -108,7 +108,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     gradient_clip: float | None = None
-    """Largest norm of the whole gradient. Default: not clipped."""
+    """Largest norm of the whole gradient. None: not clipped."""
     ema_decay: float = 0.9999
     """How much of the averaged weights is kept at each update."""
     more_ema_decays: tuple[float, ...] = ()
