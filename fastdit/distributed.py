@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Of this process; all processes of a run enter `world` equally often.
+_turns = itertools.count()
 
 
 class OtherProcessError(RuntimeError):
@@ -73,7 +77,8 @@ def world(
     """The processes that torchrun has started, or this one alone; for what follows they are one process group.
 
     With a CUDA `device` tensors on it travel by NCCL, everything else by gloo. Without one processes only wait for each
-    other, and one may have much more to do than another, so the default `timeout` is long.
+    other, and one may have much more to do than another, so the default `timeout` is long. A process may enter again
+    after it has left, as often as all others do.
     """
     if not started_by_torchrun():
         yield World()
@@ -81,9 +86,11 @@ def world(
     found = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     cuda = device is not None and device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # Processes that are started again use the store of those before, and would find their addresses in it.
+    # Processes that are started again use the store of those before, as every turn does that of the turns before, and
+    # would find their addresses in it.
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"start-{start}-turn-{next(_turns)}", store)
     dist.init_process_group(
         backend,
         store=store,

@@ -95,9 +95,11 @@ def measure(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     rows = []
-    for case in cases:
-        for direction in directions:
-            rows += _measure(attention, case, direction, device, backends, rounds)
+    # Events are recorded on the stream of the current device, which has to be the one that computes.
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        for case in cases:
+            for direction in directions:
+                rows += _measure(attention, case, direction, device, backends, rounds)
     return rows
 
 

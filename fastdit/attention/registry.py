@@ -10,6 +10,7 @@ every time; `training, any order` one that need not.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,7 @@ class Key(NamedTuple):
 Entries = dict[Key, dict[str, float]]  # seconds by backend
 
 _read: dict[str, Entries] = {}
+_reading = threading.Lock()
 
 
 def bucket(batch: int) -> int:
@@ -71,13 +73,15 @@ def entries(device: str) -> Entries:
 
     Raises ValueError naming the file for one that is none of these.
     """
-    if device not in _read:
-        _read[device] = {}
-        for folder in filter(None, (HERE, _own_folder())):
-            path = folder / file_name(device)
-            if path.exists():
-                _read[device] |= _from_json(path, device)
-    return _read[device]
+    with _reading:  # `forget` waits, so that nothing is kept that was read before a `save`
+        if device not in _read:
+            found: Entries = {}
+            for folder in filter(None, (HERE, _own_folder())):
+                path = folder / file_name(device)
+                if path.exists():
+                    found |= _from_json(path, device)
+            _read[device] = found
+        return _read[device]
 
 
 def fastest(device: str, key: Key) -> list[str]:
@@ -111,7 +115,8 @@ def save(
 
 def forget() -> None:
     """The files are read again."""
-    _read.clear()
+    with _reading:
+        _read.clear()
 
 
 def _own_folder() -> Path | None:

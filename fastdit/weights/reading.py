@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
 import pickle
 import pickletools
 import struct
-import warnings
+import threading
 import zipfile
 import zlib
 from collections import Counter
@@ -324,6 +325,10 @@ _TORCH_ERRORS = (
 )
 
 
+# Of all threads: torch's list of safe globals is the process's, and leaving a block takes away what another relies on.
+_SAFE_GLOBALS = threading.Lock()
+
+
 def _read_torch(file: Path, size: int) -> Any:
     """What `torch.save` wrote: plain containers, tensors in the mapped file, and argparse.Namespace."""
     # Before 2.10 its reader can be made to corrupt memory (CVE-2026-24747), before 2.6 to run code (CVE-2025-32434).
@@ -331,12 +336,8 @@ def _read_torch(file: Path, size: int) -> Any:
         raise ValueError(
             f"files of torch.save are read by torch 2.10 and later, whose reader is safe; this is {torch.__version__}"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error"
-        )  # names with unknown escapes, which torch.save does not write
-        _check_pickle(*_records(file, size))
-    with _namespace_allowed():
+    _check_pickle(*_records(file, size))
+    with _SAFE_GLOBALS, _namespace_allowed():
         try:
             return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         except _TORCH_ERRORS as error:
@@ -467,6 +468,7 @@ _STORAGES = {
 _DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _KNOWN = {*_CALLED, *_STORAGES, *_DTYPES, "argparse.Namespace"}
 
+_ESCAPED = {"STRING", "GLOBAL", "INST", "PERSID"}  # pickletools undoes escapes in their texts
 _CONSTANTS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 _EMPTY = {"EMPTY_TUPLE": "tuple", "EMPTY_LIST": "list", "EMPTY_DICT": "dict"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -586,14 +588,19 @@ def _check_pickle(content: bytes, storages: Mapping[str, int]) -> None:
 
 def _operations(content: bytes) -> Iterator[tuple[str, Any]]:
     """Names and arguments, up to the end of the pickle."""
-    operations = pickletools.genops(content)
+    opened = io.BytesIO(content)
+    operations = pickletools.genops(opened)
     for count in itertools.count(1):
         try:
-            opcode, argument, _ = next(operations)
+            opcode, argument, start = next(operations)
         except StopIteration:
             return
         except (ValueError, Warning) as error:
             raise ValueError(f"its pickle is damaged: {error}") from None
+        # torch.save writes none, and its reader does not undo them. Of unknown ones Python warns, or raises: that is
+        # up to the filters of warnings, which are the process's and not changed here, where other threads may run.
+        if opcode.name in _ESCAPED and b"\\" in content[start : opened.tell()]:
+            raise ValueError(f"its pickle is damaged: an escape in {opcode.name}")
         if count > MAX_OPERATIONS:
             raise ValueError(f"its pickle has more than {MAX_OPERATIONS} operations")
         yield opcode.name, argument

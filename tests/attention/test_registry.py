@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,27 @@ def test_other_files_are_named(text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=f"nvidia-h200.json: .*{message}"):
         fastest(GPU, KEY)
+
+
+def test_a_wrong_file_is_named_every_time() -> None:
+    save(GPU, [(KEY, "sdpa", 1.0)]).write_text("{}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"nvidia-h200\.json: expected measurements"):
+            entries(GPU)
+
+
+def test_what_is_half_read_is_seen_by_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_json, seen = registry.read_json, []
+
+    def reading(path: Path) -> Any:
+        seen.append(registry._read.get(GPU))
+        return read_json(path)
+
+    save(GPU, [(KEY, "sdpa", 1.0)])
+    monkeypatch.setattr(registry, "read_json", reading)
+    assert entries(GPU)[KEY] == {"sdpa": 1.0}
+    assert seen
+    assert not any(found is not None for found in seen)
 
 
 def test_unknown_direction_is_refused() -> None:

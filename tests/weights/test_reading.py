@@ -17,6 +17,8 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -248,6 +250,79 @@ def test_a_safe_global_of_the_user_stays_one(tmp_path: Path) -> None:
     with torch.serialization.safe_globals([argparse.Namespace]):
         read_checkpoint(tmp_path / "x")
         assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
+class Watched:
+    """A lock that tells when a thread finds it taken."""
+
+    def __init__(self, found_taken: threading.Event) -> None:
+        self.lock, self.found_taken = threading.Lock(), found_taken
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.found_taken.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_threads_do_not_take_each_others_safe_globals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second thread comes while the first is in torch.load, and goes on when the first has left."""
+    torch.save(training_checkpoint(), tmp_path / "x")
+    load, refusals = torch.load, []
+    second_came, first_left = threading.Event(), threading.Event()
+    monkeypatch.setattr(reading, "_SAFE_GLOBALS", Watched(second_came))
+
+    def read() -> None:
+        try:
+            read_checkpoint(tmp_path / "x")
+        except ValueError as error:
+            refusals.append(str(error))
+
+    second = threading.Thread(target=read)
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is second:
+            second_came.set()
+            assert first_left.wait(60)
+        else:
+            second.start()
+            assert second_came.wait(60)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", loading)
+    read_checkpoint(tmp_path / "x")
+    first_left.set()
+    second.join()
+    assert refusals == []
+
+
+def test_the_warnings_of_other_threads_stay_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(training_checkpoint(), tmp_path / "x")
+    check, raised = reading._check_pickle, []
+
+    def warn() -> None:
+        try:
+            warnings.warn("of somebody else", UserWarning, stacklevel=1)
+        except UserWarning as warning:
+            raised.append(warning)
+
+    def checking(*arguments: Any) -> None:
+        other = threading.Thread(target=warn)
+        other.start()
+        other.join()
+        check(*arguments)
+
+    monkeypatch.setattr(reading, "_check_pickle", checking)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_checkpoint(tmp_path / "x")
+    assert raised == []
 
 
 def test_states_that_are_no_weights(tmp_path: Path) -> None:
@@ -627,10 +702,7 @@ UNIT = number(1) + b"\x85"
 PICKLES: dict[str, tuple[bytes, str]] = {
     "no dict": (PROTO + b"N" + STOP, "holds a NoneType"),
     "nothing": (b"", "its pickle is damaged"),
-    "escape": (
-        PROTO + b"cargparse\nName\\(space\n" + STOP,
-        r"damaged: .*escape|calls for argparse",
-    ),
+    "escape": (PROTO + b"cargparse\nNamesp\\x61ce\n" + STOP, "damaged: an escape in GLOBAL"),
     "no end": (PROTO + b"}", "its pickle is damaged"),
     "nothing to take": (PROTO + b"t" + STOP, "takes more than it made"),
     "nothing to call": (PROTO + b"R" + STOP, "takes more than it made"),
@@ -717,6 +789,22 @@ def test_pickles_that_torch_does_not_write(tmp_path: Path, what: str) -> None:
     content, reason = PICKLES[what]
     torch_zip(tmp_path / "x", content, **{"0": bytes(16)})
     assert_refused(tmp_path / "x", reason)
+
+
+@pytest.mark.parametrize("action", ["ignore", "always", "error"])
+@pytest.mark.parametrize(
+    "operation",
+    [b"cargparse\nName\\(space\n", b"(iargparse\nName\\(space\n", b"S'\\('\n", b"P\\(\n"],
+)
+def test_unknown_escapes_are_refused_whatever_is_done_with_warnings(
+    tmp_path: Path, operation: bytes, action: Any
+) -> None:
+    """At the first, for every one may be a warning, and a file could hold a million."""
+    torch_zip(tmp_path / "x", PROTO + 9 * operation + STOP)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter(action)
+        assert_refused(tmp_path / "x", "its pickle is damaged: .*escape")
+    assert len(said) == (action == "always")
 
 
 def test_a_pickle_by_hand_is_read(tmp_path: Path) -> None:
