@@ -35,7 +35,7 @@ from .distributed import OtherProcessError, World, world
 from .files import write_json
 from .models import DiT, DiT_models
 from .ops.operation import OPERATIONS
-from .sampling import Sampler, draw_to_disk, measure_sampling, output_kind
+from .sampling import Sampler, draw_to_disk, measure_sampling, output_kind, weights_digest
 from .training import TrainConfig, train
 from .validation import nearest, require_choice
 from .weights import (
@@ -110,8 +110,8 @@ class ExtractConfig:
 class SampleConfig:
     """Draws images of a trained model and writes them to disk, with what was asked for in OUT.json beside them.
 
-    Started again after a kill it goes on. `torchrun --nproc-per-node=8 -m fastdit sample ...` draws on 8 GPUs, the same
-    images."""
+    Started again after a kill it goes on, where options and weights are the same. `torchrun --nproc-per-node=8 -m
+    fastdit sample ...` draws on 8 GPUs, the same images."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """A run folder, whose newest checkpoint is taken, a checkpoint folder or file, also of facebookresearch/DiT and
@@ -365,17 +365,29 @@ def draw(config: SampleConfig, among: World) -> None:
 
     space = description["images"]
     decode: Callable[[Tensor], Tensor] = lambda images: images  # noqa: E731
+    decoder = None
     if space["space"] == "latents":
         vae = VAE(space["vae"], device=device, scaling_factor=space["scaling_factor"])
-        decode = vae.decode
-    if among.rank == 0:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            used = model.attention_in_use(config.batch_size, training=False)
-        print("attention runs in", ", ".join(dict.fromkeys(used.values())))
+        decode, decoder = vae.decode, vae.fingerprint()
     run = is_run(Path(config.run))
     weights = str(locate(config.run, config.which)[0]) if run else config.run
     asked = dataclasses.asdict(config) | {"labels": list(config.labels) or classes}
     written = {"fastdit": __version__, "weights": weights, **asked}
+    plan: dict[str, Any] = {}
+    if among.rank == 0:  # which alone reads and writes it
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            used = model.attention_in_use(config.batch_size, training=False)
+        print("attention runs in", ", ".join(dict.fromkeys(used.values())))
+        # Files and folders may hold something else by now, under the same names.
+        plan = {
+            **written,
+            "device": device.type,
+            "attention": used,
+            "backend": active_backend(),
+            "weights_sha256": weights_digest(model),
+            "vae_fingerprint": decoder,
+            **{name: description[name] for name in ("classes", "diffusion", "images")},
+        }
     sampler = Sampler(
         model,
         steps=config.steps,
@@ -391,7 +403,7 @@ def draw(config: SampleConfig, among: World) -> None:
             sampler,
             labels,
             config.out,
-            plan=json.loads(json.dumps({**written, "device": device.type})),
+            plan=json.loads(json.dumps(plan)),
             decode=decode,
             cfg_scale=config.cfg_scale,
             seed=config.seed,

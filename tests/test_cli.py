@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -312,6 +313,9 @@ def test_sample_decodes_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def decode(self, latents: Tensor) -> Tensor:
             return latents.tanh().repeat_interleave(2, 2).repeat_interleave(2, 3)
 
+        def fingerprint(self) -> str:
+            return "weights of the decoder"
+
     monkeypatch.setattr(cli, "VAE", Decoder)
     sample_to(tmp_path / "x.npz", checkpoint, "--num", "3", "--batch-size", "2")
     assert made == {"name": "some/vae", "scaling_factor": 0.25, "device": torch.device("cpu")}
@@ -324,6 +328,57 @@ def test_sample_decodes_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     with np.load(tmp_path / "x.npz") as opened:
         assert np.array_equal(opened["arr_0"], to_uint8(Decoder("x").decode(drawn)))
+
+
+def other_weights(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").replace(checkpoint / "ema.safetensors")
+
+
+def other_diffusion(checkpoint: Path) -> None:
+    described = json.loads((checkpoint / "model.json").read_text())
+    described["diffusion"]["noise_schedule"] = "linear"
+    (checkpoint / "model.json").write_text(json.dumps(described))
+
+
+def other_classes(checkpoint: Path) -> None:
+    described = json.loads((checkpoint / "model.json").read_text())
+    described["classes"].reverse()
+    (checkpoint / "model.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_weights, "weights_sha256"),
+        (other_diffusion, "diffusion"),
+        (other_classes, "classes"),
+    ],
+)
+def test_parts_of_what_was_under_the_same_name_are_not_taken(
+    change: Any,
+    named: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, options = tmp_path / "x.npz", ["--num", "2", "--labels", "cat"]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdit.sampling.to_disk.write_samples", killed)
+        with pytest.raises(SystemExit):
+            sample_to(out, checkpoint, *options)
+    change(checkpoint)
+    with pytest.raises(SystemExit) as caught:
+        sample_to(out, checkpoint, *options)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert f"{out}.parts: holds parts of other images, with {named}=" in err
+    assert err.count("=") == 1
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -549,10 +604,13 @@ def test_bench_sampling(
         "DiT-S/8",
         lambda **sizes: DiT(hidden_size=16, depth=1, num_heads=2, patch_size=4, **sizes),
     )
+    # On a clock by which every draw takes a second.
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr("fastdit.sampling.measuring.time", clock)
     options = ["--model", "DiT-S/8", "--batch", "2", "--dtype", "fp32", "--image-size", "64"]
     cli.main(["bench", "sampling", *options, "--steps", "2", "--device", "cpu", "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["provider"] for row in rows][:3] == ["reference", "eager", "fastdit"]
-    assert all(row["ms a step"] > 0 and row["ratio"] > 0 for row in rows)
+    assert all((row["ms a step"], row["ratio"]) == (500, 1) for row in rows)
     assert "save=True: is for attention" in answer(capsys, "bench", "sampling", "--save")
     assert "batch" in answer(capsys, "bench", "sampling", "--batch", "0")

@@ -6,7 +6,7 @@ from .measuring import measure_sampling
 from .noise import block_generator, sample_generator
 from .outputs import Images, output_kind, save_folder, save_grid, save_npz, to_uint8, write_samples
 from .sample import Sampler, sample
-from .to_disk import draw_to_disk
+from .to_disk import draw_to_disk, weights_digest
 
 __all__ = [
     "Images",
@@ -21,5 +21,6 @@ __all__ = [
     "save_grid",
     "save_npz",
     "to_uint8",
+    "weights_digest",
     "write_samples",
 ]

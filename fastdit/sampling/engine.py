@@ -6,7 +6,7 @@ does guidance, the posterior, and noise. Steps count themselves on the device, a
 needed. So one recorded step runs all of them, and gives the same bits as the same step without a recording.
 
 Nothing is kept from one call to the next but recordings, and those read the weights where they lie: weights that are
-changed in place are simply read, weights that were replaced are noticed.
+changed in place are simply read; weights, modules and their plain attributes that were replaced are noticed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..backend import active_backend
 from ..models import DiT
 from ..validation import autocast_enabled
-from .graphs import CudaGraph, addresses, reasons_not_replayable
+from .graphs import CudaGraph, contents, reasons_not_replayable, switches
 from .noise import Noise
 from .samplers import Steps
 
@@ -38,9 +38,10 @@ FEWEST_STEPS = 8  # for which recording one pays
 class Buffers:
     """The static memory of a block of N images; a recorded step reads and writes here alone.
 
-    x (N, C, H, W), the state; memory like x, for samplers that need one; noise (CHUNK, N, C, H, W); labels (N,), or
-    (2N,) guided; rows like labels: where a label's modulations are among those of one timestep; modulations
-    (chunk * distinct labels, W); step, position (1,): the sampler's step, counting down, and how many were made.
+    x (N, C, H, W), the state; memory like x, for samplers that need one; noise (CHUNK, N, C, H, W); cfg_scale (N,), in
+    the state's dtype; labels (N,), or (2N,) guided; rows like labels: where a label's modulations are among those of
+    one timestep; modulations (chunk * distinct labels, W); step, position (1,): the sampler's step, counting down, and
+    how many were made.
     """
 
     x: Tensor
@@ -184,7 +185,7 @@ class Engine:
             x=x,
             memory=torch.zeros_like(x) if self.steps.memory else None,
             noise=x.new_zeros(CHUNK, *x.shape) if self.steps.noise else None,
-            cfg_scale=torch.ones(n, device=device, dtype=torch.float32),
+            cfg_scale=torch.ones(n, device=device, dtype=dtype),
             labels=torch.zeros(count, device=device, dtype=torch.int64),
             rows=torch.zeros(count, device=device, dtype=torch.int64),
             modulations=modulations,
@@ -263,8 +264,8 @@ class Engine:
             autocast,
             active_backend(),
             torch.is_inference_mode_enabled(),
-            self.model.training,
-            addresses(self.model),
+            switches(),
+            contents(self.model),
         )
 
     def _record(

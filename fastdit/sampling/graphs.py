@@ -7,14 +7,42 @@ its graph.
 
 from __future__ import annotations
 
+import enum
+import functools
+import threading
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..models.fusible import user_hooks
 
 WARM_UPS = 3
+
+# Held while a step is captured. To begin a capture waits for the whole device, which is not allowed while another
+# thread captures; nor is what torch's allocator does when memory is short, so large work in a thread holds it, too.
+CAPTURING = threading.RLock()
+
+# What is compared by its value, or stands for itself.
+PLAIN = (
+    bool,
+    int,
+    float,
+    str,
+    type(None),
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+)
+# What every module has of torch: hooks, which are not replayable, and modules, which are walked through.
+OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
 
 
 class CudaGraph:
@@ -31,7 +59,7 @@ class CudaGraph:
     ) -> None:
         self.graph, self.device = torch.cuda.CUDAGraph(), device
         stream = torch.cuda.Stream(device)
-        with torch.cuda.device(device):
+        with CAPTURING, torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
@@ -47,7 +75,8 @@ class CudaGraph:
             self.graph.replay()
 
     def release(self) -> None:
-        self.graph.reset()
+        with CAPTURING:
+            self.graph.reset()
 
 
 def reasons_not_replayable(model: torch.nn.Module) -> list[str]:
@@ -64,7 +93,59 @@ def reasons_not_replayable(model: torch.nn.Module) -> list[str]:
     return reasons
 
 
-def addresses(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Where the weights lie, and what they are: another tuple means that a captured graph would read old memory."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
+def contents(model: nn.Module) -> tuple[Any, ...]:
+    """What a captured graph has of `model` for good: its modules, their plain attributes, and where its tensors lie.
+
+    Another tuple means that a graph would compute something else, or read old memory. The values of tensors are not in
+    it. It refers to modules weakly: it keeps no replaced one alive, and takes no new one for one that is gone.
+    """
+    return tuple(
+        (
+            name,
+            weakref.ref(module),
+            type(module),
+            tuple(
+                [
+                    (attribute, _frozen(value))
+                    for attribute, value in vars(module).items()
+                    if attribute not in OF_TORCH
+                ]
+            ),
+        )
+        # Every place where a module is used, so that it is seen when two change places.
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
+
+
+def switches() -> tuple[Any, ...]:
+    """What else torch decides by, for the process: precision of products, deterministic algorithms, kinds of SDPA."""
+    matmul, sdp = torch.backends.cuda.matmul, torch.backends.cuda
+    return (
+        # `allow_tf32` and `get_float32_matmul_precision` set these too, and raise once these were set by name.
+        matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        sdp.flash_sdp_enabled(),
+        sdp.mem_efficient_sdp_enabled(),
+        sdp.cudnn_sdp_enabled(),
+        sdp.math_sdp_enabled(),
+    )
+
+
+def _frozen(value: Any) -> Any:
+    """`value` as something hashable: plain values, also in containers, the place of tensors, the class of others."""
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        if value.layout is torch.strided and type(value.data) is Tensor:
+            return value.data_ptr(), value.dtype, value.shape, value.stride()
+        return type(value)
+    if isinstance(value, dict):
+        return tuple([(_frozen(key), _frozen(item)) for key, item in value.items()])
+    if isinstance(value, (list, tuple)):
+        return tuple([_frozen(item) for item in value])
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(_frozen, value))
+    return type(value)

@@ -66,13 +66,15 @@ def write_samples(
 ) -> None:
     """Writes `images` (N, H, W, C) uint8 and their N labels, as the ending of `out` says; see `output_kind`.
 
-    Many may come in blocks, (n, H, W, C) each, which are read one after the other. Missing parent folders are made. A
-    grid holds no labels.
+    Many may come in blocks, (n, H, W, C) each: a sequence, of which one after the other is read, twice. Missing parent
+    folders are made. A grid holds no labels.
     """
     kind = output_kind(out)
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     if kind == "grid":
-        save_grid(images if isinstance(images, np.ndarray) else np.concatenate(images), out)
+        if not isinstance(images, np.ndarray):
+            images = np.concatenate([np.array(block) for block in images])
+        save_grid(images, out)
     elif kind == "npz":
         save_npz(out, images, labels)
     else:
@@ -124,14 +126,10 @@ def save_npz(
     `arr_0` is what the usual FID evaluation reads. The same images give the same bytes. Raises TypeError or ValueError
     naming the argument.
     """
-    blocks = _blocks(images)
-    array = _labels(labels, sum(map(len, blocks)))
+    blocks, shape = _blocks(images)
+    array = _labels(labels, shape[0])
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        header = {
-            "descr": "|u1",
-            "fortran_order": False,
-            "shape": (len(array), *blocks[0].shape[1:]),
-        }
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
@@ -148,8 +146,8 @@ def save_folder(
     Raises FileExistsError where `folder` exists, TypeError or ValueError naming the argument, and ImportError without
     Pillow.
     """
-    blocks = _blocks(images)
-    array = _labels(labels, sum(map(len, blocks)))
+    blocks, shape = _blocks(images)
+    array = _labels(labels, shape[0])
     with atomic_folder(folder) as temporary:
         for i, image in enumerate(itertools.chain.from_iterable(blocks)):
             _picture(image).save(temporary / f"{i:06d}.png")
@@ -157,13 +155,17 @@ def save_folder(
         write_json(temporary / "labels.json", names)
 
 
-def _blocks(images: Images | Sequence[Images]) -> list[Images]:
-    blocks: list[Any] = [images] if isinstance(images, np.ndarray) else list(images) or [images]
+def _blocks(images: Images | Sequence[Images]) -> tuple[Sequence[Images], tuple[int, ...]]:
+    """The blocks, checked, and the shape (N, H, W, C) of all; none of them is kept."""
+    blocks: Sequence[Any] = images if isinstance(images, Sequence) and len(images) else [images]
+    count, size = 0, None
     for block in blocks:
         _require_images(block)
-        if block.shape[1:] != blocks[0].shape[1:]:
-            raise ValueError(f"images: blocks of {blocks[0].shape[1:]} and {block.shape[1:]}")
-    return blocks
+        size = size or block.shape[1:]
+        if block.shape[1:] != size:
+            raise ValueError(f"images: blocks of {size} and {block.shape[1:]}")
+        count += len(block)
+    return blocks, (count, *(size or ()))
 
 
 def _picture(pixels: Images) -> Image:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from .noise import BlockNoise, Noise, SampleNoise, block_generator, sample_gener
 from .samplers import SAMPLERS, make_steps
 
 Callback = Callable[[int, Tensor], None]
+
+# Eval mode belongs to a model, whoever draws from it: see `_turn`.
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making_turns = threading.Lock()
 
 
 def sample(
@@ -129,7 +134,7 @@ class Sampler:
 
     Arguments as those of `sample`. Weights may be changed between the calls, in place or by replacing them.
     `largest_number_of_graphs`: shapes of a block that are kept recorded; one more lets go of all.
-    Threads that share a sampler take turns, a block each.
+    Threads that draw from one model take turns, a block each. A copy, by `copy` or `pickle`, has no recordings.
     """
 
     def __init__(
@@ -165,14 +170,16 @@ class Sampler:
         }
         self.kind, self.eta = sampler, eta
         self.engines: dict[tuple[torch.device, torch.dtype], Engine] = {}
-        self.lock = threading.Lock()  # static memory and the model's mode serve one block at a time
 
     def release(self) -> None:
         """Gives back all recordings and their memory. The sampler can be used on."""
-        with self.lock:
+        with _turn(self.model):
             for engine in self.engines.values():
                 engine.release()
             self.engines.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "engines": {}}
 
     def __call__(
         self,
@@ -258,14 +265,14 @@ class Sampler:
                 # Ordinary tensors even where the caller is in inference mode. Not around the loop: what is
                 # drawn goes out between two blocks, and the caller's own modes hold there.
                 with (
-                    self.lock,
+                    _turn(model),
                     torch.inference_mode(False),
                     torch.no_grad(),
                     _evaluating(model),
                 ):
                     images = self._engine(device, dtype).block(
                         y[rows].to(device),
-                        _block_scale(scale, rows, device),
+                        _block_scale(scale, rows, device, dtype),
                         _noise(seeds, generator, rows.start, size, n, shape, device, dtype),
                         dtype,
                         bar,
@@ -302,13 +309,15 @@ def _noise(
     return BlockNoise(block, (batch_size, *shape), count, dtype)
 
 
-def _block_scale(scale: float | Tensor, rows: slice, device: torch.device) -> Tensor | None:
+def _block_scale(
+    scale: float | Tensor, rows: slice, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
     """The scales of a block (n,), or None where there is no guidance at all."""
     if _is_one(scale):
         return None
     if isinstance(scale, Tensor):
-        return scale[rows].to(device, torch.float32)
-    return torch.full((rows.stop - rows.start,), scale, device=device)
+        return scale[rows].to(device, dtype)
+    return torch.full((rows.stop - rows.start,), scale, device=device, dtype=dtype)
 
 
 def _is_one(cfg_scale: float | Tensor) -> bool:
@@ -323,12 +332,19 @@ def _state_dtype(model: nn.Module) -> torch.dtype:
     return torch.promote_types(_weights_dtype(model), torch.float32)
 
 
+def _turn(model: nn.Module) -> threading.RLock:
+    """The lock of `model`: its mode, and the static memory of its samplers, serve one block at a time."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps the same modules once more
+    with _making_turns:
+        return _turns.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; each module gets its own flag back, since some may have been frozen in eval mode."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:

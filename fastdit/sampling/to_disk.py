@@ -4,11 +4,13 @@
     OUT.parts/00000012.npy    the images of block 12, uint8 (n, H, W, C); there whole or not at all
 
 Block b holds the images b * batch_size ... and draws its noise from a generator of its own, so it does not matter which
-process draws it, or when. When all blocks are there they become OUT, and the parts are removed.
+process draws it, or when. When all blocks are there they become OUT, and the parts are removed. Parts without a plan
+belong to nothing, and are removed before one is written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,14 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import World
 from ..files import atomic_file, read_json, write_json
+from .graphs import CAPTURING
 from .outputs import Images, output_kind, to_uint8, write_samples
 from .sample import Sampler
 
 DECODED_TOGETHER = 16  # images; a decoder at 256 pixels takes about 0.2 GB for each
+PIECE = 2**24  # numbers of a tensor that are hashed at once
 
 
 def draw_to_disk(
@@ -46,7 +50,7 @@ def draw_to_disk(
     `plan` is all that decides what they look like: parts that an earlier run left are taken where it had the same.
     `decode` makes images of what the sampler draws; it runs beside the drawing of the next block.
 
-    Raises FileExistsError where OUT.parts is of another plan, and what sampling and writing raise.
+    Raises FileExistsError naming what differs where OUT.parts is of another plan, and what sampling and writing raise.
     """
     output_kind(out)
     parts = Path(f"{out}.parts")
@@ -67,28 +71,77 @@ def draw_to_disk(
             writer.put(start // batch_size, images)
     among.barrier()
     if among.rank == 0:
-        files = [_part(parts, b) for b in blocks]
-        read = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-        write_samples(read, labels, out)
-        shutil.rmtree(parts)
+        write_samples(_Parts([_part(parts, b) for b in blocks]), labels, out)
+        # It loses its name before its content, so that parts are never found without their plan.
+        shutil.rmtree(parts.rename(_removed(parts)), ignore_errors=True)
     among.barrier()
 
 
+def weights_digest(model: nn.Module) -> str:
+    """64 hexadecimal digits: SHA-256 of the model's parameters and buffers, of their names, dtypes, shapes and bytes.
+
+    The same on every device. Tensors are hashed side by side, and copied to the CPU in pieces.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def of_one(tensor: Tensor) -> str:
+        digest = hashlib.sha256()
+        for piece in tensor.detach().reshape(-1).split(PIECE):
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(8) as threads:
+        for (name, tensor), digits in zip(
+            tensors.items(), threads.map(of_one, tensors.values()), strict=True
+        ):
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digits}\n".encode())
+    return whole.hexdigest()
+
+
 def _begin(parts: Path, plan: dict[str, Any]) -> None:
+    shutil.rmtree(_removed(parts), ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "plan.json"
-    if not file.exists():
-        write_json(file, plan)
-        return
-    before = read_json(file)
-    for name, value in plan.items():
-        if before.get(name) != value:
+    if file.exists():
+        before = read_json(file)
+        differing = [
+            f"{name}={_short(before.get(name))} and not {_short(plan.get(name))}"
+            for name in {**plan, **before}
+            if before.get(name) != plan.get(name)
+        ]
+        if differing:
             raise FileExistsError(
-                f"{parts}: holds parts of other images, with {name}={before.get(name)!r} and not {value!r}; remove it, "
-                "or choose another out"
+                f"{parts}: holds parts of other images, with {', '.join(differing)}; remove it, or choose another out"
             )
+    else:
+        for path in parts.glob("[0-9]" * 8 + "*.npy"):
+            path.unlink()
+        write_json(file, plan)
     for path in parts.glob(".tmp-*"):
         path.unlink()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _removed(parts: Path) -> Path:
+    return parts.with_name(f".tmp-{parts.name}-removed")
+
+
+class _Parts(Sequence[Images]):
+    """The images of all blocks, of which each is opened when it is its turn: a process may have few files open."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, block: Any) -> Any:
+        return np.load(self.files[block], mmap_mode="r", allow_pickle=False)
 
 
 def _part(parts: Path, block: int) -> Path:
@@ -129,7 +182,10 @@ class _Writer:
             self.pending = None
 
     def _write(self, block: int, images: Tensor, ready: Any) -> None:
-        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+        with (
+            CAPTURING,
+            torch.cuda.stream(self.stream) if self.stream is not None else nullcontext(),
+        ):
             if self.stream is not None:
                 self.stream.wait_event(ready)
             with torch.no_grad():

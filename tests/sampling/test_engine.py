@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import pickle
 import sys
 import threading
 import time
@@ -19,6 +22,8 @@ from tqdm.auto import tqdm
 from fastdit import DiT, Sampler, create_diffusion, sample
 from fastdit.sampling import engine as engine_module
 from fastdit.sampling.engine import CHUNK, Engine
+from fastdit.sampling.graphs import contents
+from fastdit.sampling.sample import _turn
 from fastdit.sampling.samplers import make_steps
 from fastdit.testing import assert_same_bits, assert_trajectory_close
 
@@ -196,6 +201,122 @@ def test_replaced_weights_are_noticed(
     assert_same_bits(change.__name__, draw(sampler, [1, 2]), stepwise(model, [1, 2]))
 
 
+class Adapters(nn.Module):
+    """As in peft: adapters are switched by a flag, and all of them stay."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.active = base, ["a"]
+        self.adapters = nn.ModuleDict(
+            {name: nn.Linear(base.in_features, base.out_features) for name in "ab"}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        for name in self.active:
+            out = out + self.adapters[name](x)
+        return out
+
+
+def other_adapter(model: DiT) -> None:
+    model.blocks[0].attn.proj.active = ["b"]
+
+
+def no_adapter(model: DiT) -> None:
+    model.blocks[0].attn.proj.active.clear()
+
+
+def swapped_adapters(model: DiT) -> None:
+    adapters = model.blocks[0].attn.proj.adapters
+    adapters["a"], adapters["b"] = adapters["b"], adapters["a"]
+
+
+def other_activation(model: DiT) -> None:
+    model.blocks[0].mlp.act = nn.ReLU()
+
+
+def other_forward(model: DiT) -> None:
+    act = model.blocks[0].mlp.act
+    act.forward = torch.relu
+
+
+def other_residual_dtype(model: DiT) -> None:
+    model.residual_dtype = torch.float64
+
+
+def other_scale(model: DiT) -> None:
+    model.blocks[1].attn.scale *= 3
+
+
+def other_attention(model: DiT) -> None:
+    model.set_attention("reference")
+
+
+def other_use_of_a_block(model: DiT) -> None:
+    model.blocks[2] = model.blocks[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_adapter,
+        no_adapter,
+        swapped_adapters,
+        other_activation,
+        other_forward,
+        other_residual_dtype,
+        other_scale,
+        other_attention,
+        other_use_of_a_block,
+    ],
+)
+def test_changes_beside_the_weights_are_noticed(
+    recordings: list[Recording], change: Callable[[DiT], None]
+) -> None:
+    model = make_model(depth=3)
+    model.blocks[0].attn.proj = Adapters(model.blocks[0].attn.proj)
+    model.blocks[2] = model.blocks[0]
+    sampler = Sampler(model, steps=STEPS)
+    draw(sampler, [1, 2])
+    draw(sampler, [3, 4])
+    assert len(recordings) == 1
+    change(model)
+    assert_same_bits(change.__name__, draw(sampler, [1, 2]), stepwise(model, [1, 2]))
+    assert len(recordings) == 2
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [(torch.backends.cuda.matmul, "tf32"), (torch.backends.cudnn.conv, "ieee")],
+)
+def test_another_precision_is_noticed(
+    recordings: list[Recording], model: DiT, switch: Any, value: str
+) -> None:
+    """Also set by name, after which torch refuses to tell the precision in the older way."""
+    sampler = Sampler(model, steps=STEPS)
+    draw(sampler, [1])
+    before = switch.fp32_precision
+    assert before != value
+    switch.fp32_precision = value
+    try:
+        draw(sampler, [1])
+    finally:
+        switch.fp32_precision = before
+    assert len(recordings) == 2
+    draw(sampler, [1])
+    assert len(recordings) == 2
+
+
+def test_a_module_that_is_gone_is_not_taken_for_a_new_one(model: DiT) -> None:
+    """Python gives the number of an object that is gone to the next one."""
+    seen = []
+    for _ in range(4):
+        model.blocks[0].mlp.act = nn.GELU(approximate="tanh")
+        seen.append(contents(model))
+        assert seen[-1] == contents(model)
+    assert all(one != other for one, other in itertools.combinations(seen, 2))
+
+
 def test_every_parameter_is_read(recordings: list[Recording]) -> None:
     """Changed in place, one at a time: no copy of any weight is kept (G15)."""
     model = make_model(depth=1)
@@ -297,6 +418,75 @@ def test_threads_take_turns(
         assert_same_bits(f"thread {i}", out[i], expected[i])
     assert len(recordings) == 1
     assert model.training
+
+
+def test_samplers_of_one_model_take_turns(monkeypatch: pytest.MonkeyPatch, model: DiT) -> None:
+    """Eval mode is the model's: who ends first would end it for the others."""
+    first, second = threading.Event(), threading.Event()
+    overlapped: list[bool] = []
+    plain = DiT.forward_modulated
+
+    def waiting(self: DiT, x: Tensor, modulations: Tensor) -> Tensor:
+        if threading.current_thread().name == "second":
+            second.set()
+        elif not first.is_set():
+            first.set()
+            overlapped.append(second.wait(0.5))
+        assert not self.training
+        return plain(self, x, modulations)
+
+    expected = stepwise(model, [1, 2])
+    model.train()
+    monkeypatch.setattr(DiT, "forward_modulated", waiting)
+    out: dict[str, Tensor] = {}
+
+    def run(name: str) -> None:
+        out[name] = stepwise(model, [1, 2])
+
+    threads = [threading.Thread(target=run, args=(name,), name=name) for name in ("one", "second")]
+    threads[0].start()
+    assert first.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert overlapped == [False]
+    for name in ("one", "second"):
+        assert_same_bits(name, out[name], expected)
+    assert model.training
+
+
+def test_interrupted_on_the_way_to_eval_mode(model: DiT) -> None:
+    model.train()
+    model.blocks[1].eval()
+    flags = [module.training for module in model.modules()]
+
+    def interrupted() -> None:
+        model.blocks[0].eval()
+        raise KeyboardInterrupt
+
+    model.eval = interrupted  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        stepwise(model, [1])
+    assert [module.training for module in model.modules()] == flags
+
+
+def pickled(sampler: Sampler) -> Any:
+    return pickle.loads(pickle.dumps(sampler))  # noqa: S301
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickled])
+def test_copies(
+    recordings: list[Recording], model: DiT, copied: Callable[[Sampler], Sampler]
+) -> None:
+    """With the model's values and nothing recorded."""
+    sampler = Sampler(model, steps=STEPS, sampler="dpm++")
+    expected = draw(sampler, [1, 2])
+    other = copied(sampler)
+    assert_same_bits("the copy", draw(other, [1, 2]), expected)
+    assert len(recordings) == 2
+    other.release()
+    assert [one.released for one in recordings] == [False, True]
+    assert_same_bits("the first", draw(sampler, [1, 2]), expected)
 
 
 def test_few_steps_are_not_worth_one(recordings: list[Recording], model: DiT) -> None:
@@ -531,6 +721,7 @@ def test_wrapped_models(recordings: list[Recording], model: DiT) -> None:
     out = sample(compiled, [1, 2], steps=STEPS, progress=False)
     expected = stepwise(model, [1, 2])
     assert_trajectory_close("compiled", out[None], expected[None])
+    assert _turn(compiled) is _turn(model)
     with pytest.raises(
         TypeError, match=r"model: a DataParallel has no in_channels; pass model\.module"
     ):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -326,6 +327,55 @@ def test_the_device_of_the_model_is_made_the_current_one(monkeypatch: pytest.Mon
     # Two waits, three warm-ups with a reset each, the capture and its one run, the replay.
     assert devices.seen == [1] * (2 + 2 * 3 + 2 + 1)
     assert devices.current == 0
+
+
+def test_captures_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To begin one waits for the whole device, which is not allowed while another thread captures."""
+    for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    first, second = threading.Event(), threading.Event()
+    overlapped: list[bool] = []
+
+    def waiting() -> None:
+        if not first.is_set():
+            first.set()
+            overlapped.append(second.wait(0.5))
+
+    def capture(function: Any) -> None:
+        CudaGraph(function, lambda: None, torch.device("cuda", 0))
+
+    threads = [threading.Thread(target=capture, args=(each,)) for each in (waiting, second.set)]
+    threads[0].start()
+    assert first.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert overlapped == [False]
+    assert second.is_set()
+
+
+@pytest.mark.gpu
+def test_models_captured_in_several_threads() -> None:
+    out: dict[tuple[int, int], Tensor] = {}
+
+    def run(seed: int) -> None:
+        for n in range(1, 5):
+            sampler = Sampler(model[seed], steps=STEPS, cuda_graph=True)
+            out[seed, n] = sampler([1] * n, progress=False)
+
+    model = [make_model("cuda", seed=seed) for seed in range(4)]
+    expected = {
+        (seed, n): Sampler(model[seed], steps=STEPS, cuda_graph=False)([1] * n, progress=False)
+        for seed in range(4)
+        for n in range(1, 5)
+    }
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for key, images in expected.items():
+        assert_same_bits(f"{key}", out[key], images)
 
 
 @pytest.mark.gpu

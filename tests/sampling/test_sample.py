@@ -346,6 +346,24 @@ def test_a_model_without_null_class_is_sampled_without_guidance_only() -> None:
         draw(model, [10], cfg_scale=1)
 
 
+def test_cfg_scale_keeps_its_digits(model: DiT) -> None:
+    """It has the dtype of the state, not torch's default one, and not float32 for a float64 model."""
+    expected = draw(model, [1, 2], cfg_scale=4.3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = draw(model, [1, 2], cfg_scale=4.3)
+    finally:
+        torch.set_default_dtype(before)
+    assert_same_bits("default dtype", out, expected)
+
+    model.double()
+    exact = torch.full((2,), 1.1, dtype=torch.float64)
+    out = draw(model, [1, 2], cfg_scale=1.1)
+    assert_same_bits("float64", out, draw(model, [1, 2], cfg_scale=exact))
+    assert not torch.equal(out, draw(model, [1, 2], cfg_scale=exact.float()))
+
+
 def test_what_is_not_finite_is_named(model: DiT) -> None:
     with torch.no_grad():
         model.y_embedder.embedding_table.weight[7] = torch.nan

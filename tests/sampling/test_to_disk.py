@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from fastdit import DiT, Sampler, sample, save_pretrained
 from fastdit.distributed import World
-from fastdit.sampling import draw_to_disk, to_uint8
+from fastdit.sampling import draw_to_disk, to_disk, to_uint8, weights_digest
+from fastdit.sampling.graphs import CAPTURING
+from tests.rendezvous import rendezvous
 
 ROOT = Path(__file__).parents[2]
 LABELS = [i % 4 for i in range(10)]
@@ -105,6 +108,131 @@ def test_parts_of_another_draw_are_not_taken(model: DiT, tmp_path: Path) -> None
         draw(model, tmp_path / "x.npz", plan={"seed": 4}, seed=4)
 
 
+def test_all_that_differs_is_named(model: DiT, tmp_path: Path) -> None:
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    before = {"seed": 3, "labels": list(range(1000)), "same": 1, "gone": True}
+    (parts / "plan.json").write_text(json.dumps(before))
+    with pytest.raises(FileExistsError) as caught:
+        draw(model, tmp_path / "x.npz", plan={"seed": 4, "labels": [5], "same": 1})
+    said = str(caught.value)
+    assert "with seed=3 and not 4, labels=[0, 1, 2, " in said
+    assert "... and not [5], gone=True and not None; remove it" in said
+    assert "same" not in said
+    assert len(said) < 400 + len(str(parts))
+
+
+def test_killed_while_the_parts_are_removed(
+    model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of them is taken for nobody's: not that of a draw with another seed, either."""
+    draw(model, tmp_path / "whole.npz", plan={"seed": 4}, seed=4)
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if (path / "plan.json").exists():
+            (path / "plan.json").unlink()
+            raise Killed
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            draw(model, tmp_path / "x.npz")
+    assert list(tmp_path.rglob("0*.npy"))
+    draw(model, tmp_path / "x.npz", plan={"seed": 4}, seed=4)
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.npz", "x.npz"]
+
+
+def test_parts_without_a_plan_are_not_taken(model: DiT, tmp_path: Path) -> None:
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    for block in (0, 1, 7):
+        np.save(parts / f"{block:08d}.npy", np.zeros((3, 4, 4, 3), np.uint8))
+    (parts / ".tmp-plan.json-1-ab.json").write_bytes(b"half")
+    draw(model, tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as opened:
+        assert np.array_equal(opened["arr_0"], expected(model))
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x", "x.png"])
+def test_more_parts_than_files_may_be_open(model: DiT, tmp_path: Path, out: str) -> None:
+    resource = pytest.importorskip("resource")
+    limit = max(map(int, os.listdir("/dev/fd"))) + 20
+    parts, count = tmp_path / f"{out}.parts", limit + 1
+    parts.mkdir()
+    (parts / "plan.json").write_text('{"seed": 3}')
+    images = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    for block in range(count):
+        np.save(parts / f"{block:08d}.npy", images[block : block + 1])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        draw_to_disk(
+            Sampler(model, steps=4),
+            [0] * count,
+            str(tmp_path / out),
+            plan={"seed": 3},
+            decode=keep,
+            cfg_scale=2.0,
+            seed=3,
+            batch_size=1,
+            among=World(),
+            progress=False,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    if out == "x.npz":
+        with np.load(tmp_path / out, allow_pickle=False) as opened:
+            assert np.array_equal(opened["arr_0"], images)
+    elif out == "x":
+        assert len(list((tmp_path / out).glob("*.png"))) == count
+    else:
+        assert (tmp_path / out).exists()
+
+
+def test_nothing_is_captured_while_images_are_decoded(model: DiT, tmp_path: Path) -> None:
+    """Where a decoder runs out of memory torch's allocator gives some back, which no capture allows."""
+    free: list[bool] = []
+
+    def look() -> None:
+        free.append(CAPTURING.acquire(blocking=False))
+
+    def decode(images: Tensor) -> Tensor:
+        looking = threading.Thread(target=look)
+        looking.start()
+        looking.join()
+        return images
+
+    draw(model, tmp_path / "x.npz", decode=decode)
+    assert free == [False] * 4
+    assert CAPTURING.acquire(blocking=False)
+    CAPTURING.release()
+
+
+def test_weights_digest(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the same weights, another one for any that differ in a bit."""
+    model.register_buffer("extra", torch.tensor([True, False]), persistent=False)
+    whole = weights_digest(model)
+    monkeypatch.setattr(to_disk, "PIECE", 7)
+    assert weights_digest(model) == whole
+    seen = {whole}
+    tensors = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        with torch.no_grad():
+            flat = tensor.view(-1)[-1:].view(torch.uint8)
+            flat[0] ^= 1
+            seen.add(weights_digest(model))
+            flat[0] ^= 1
+    assert weights_digest(model) == whole
+    seen.add(weights_digest(model.bfloat16()))
+    model.register_buffer("renamed", model.extra, persistent=False)
+    del model.extra
+    seen.add(weights_digest(model))
+    assert len(seen) == len(tensors) + 3
+
+
 def test_bad_options_leave_nothing(model: DiT, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size=0"):
         draw(model, tmp_path / "x.npz", batch_size=0)
@@ -122,6 +250,7 @@ def test_processes_share_the_blocks(
     for rank in reversed(range(size)):
         drawn: list[int] = []
         (tmp_path / "x.npz.parts").mkdir(exist_ok=True)
+        (tmp_path / "x.npz.parts" / "plan.json").write_text('{"seed": 3}')
         draw(
             model,
             tmp_path / "x.npz",
@@ -170,15 +299,12 @@ def test_two_real_processes_killed_and_started_again(model: DiT, tmp_path: Path)
     pytest.importorskip("tyro")
     folder = checkpoint(tmp_path / "model", model)
     arguments = command(folder, "x.npz")
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
 
-    def both(port: int) -> list[subprocess.Popen[str]]:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    def both(shared: dict[str, str]) -> list[subprocess.Popen[str]]:
         return [start(arguments, tmp_path, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
 
-    processes = both(port)
+    _first_store, shared = rendezvous(2)
+    processes = both(shared)
     try:
         parts = tmp_path / "x.npz.parts"
         until = time.monotonic() + 120
@@ -192,10 +318,8 @@ def test_two_real_processes_killed_and_started_again(model: DiT, tmp_path: Path)
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    for process in both(port):
+    _second_store, shared = rendezvous(2)
+    for process in both(shared):
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
     one = sample(
