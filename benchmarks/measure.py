@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -118,6 +119,38 @@ class Stopwatch:
             self.next_set += 1
 
 
+class WallClock:
+    """Seconds a step, of a run of `steps` that is timed from an idle device to an idle device.
+
+    `warm_up` is a shorter run (by default `run`), `close` gives back what runs hold.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], Any],
+        steps: int,
+        device: torch.device,
+        *,
+        warm_up: Callable[[], Any] | None = None,
+        close: Callable[[], Any] | None = None,
+    ) -> None:
+        self.run, self.steps, self.device = run, steps, device
+        self.warm_up = warm_up or run
+        self.close = close or (lambda: None)
+
+    def sample(self) -> float:
+        wait_for(self.device)
+        begun = time.perf_counter()
+        self.run()
+        wait_for(self.device)
+        return (time.perf_counter() - begun) / self.steps
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Measured(NamedTuple):
     """By provider: how it runs and the seconds of its samples, or why it was not measured."""
 
@@ -221,6 +254,53 @@ def in_turns(watches: Mapping[str, Watch], rounds: int) -> dict[str, list[float]
         for name in list(watches)[:: 1 if turn % 2 == 0 else -1]:
             samples[name].append(watches[name].sample())
     return samples
+
+
+class Turns(NamedTuple):
+    """By provider: the seconds of its samples, or why there are none."""
+
+    samples: dict[str, list[float]]
+    reasons: dict[str, str]
+    excused: set[str]  # those whose reason is a lack of memory
+
+    def broken(self) -> list[str]:
+        """Those that were not measured, and memory is not the reason."""
+        return [name for name in self.reasons if name not in self.excused]
+
+
+def side_by_side(make: Mapping[str, Callable[[], WallClock]], rounds: int) -> Turns:
+    """`in_turns` of all that can be made and run beside all the others; the rest gets a reason. All are closed."""
+    turns = Turns({}, {}, set())
+    clocks: dict[str, WallClock] = {}
+
+    def attempt(name: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except FAILURES as failure:
+            if name in clocks:
+                clocks.pop(name).close()
+            turns.reasons[name] = one_line(failure)
+            if isinstance(failure, torch.OutOfMemoryError):
+                turns.excused.add(name)
+            else:
+                traceback.print_exception(failure)
+        torch.cuda.empty_cache()
+
+    def add(name: str) -> None:
+        clocks[name] = make[name]()
+
+    try:
+        for name in make:
+            attempt(name, partial(add, name))
+        # Twice: what fitted at first may no longer fit beside what the later ones have allocated.
+        for name in 2 * list(clocks):
+            if name in clocks:
+                attempt(name, clocks[name].warm_up)
+        turns.samples.update(in_turns(clocks, rounds))
+    finally:
+        for clock in clocks.values():
+            clock.close()
+    return turns
 
 
 def times_faster(seconds: Sequence[float], baseline: Sequence[float]) -> float:

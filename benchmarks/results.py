@@ -33,6 +33,8 @@ UNITS = {
     "recompiles": "graphs",  # compiled in the first call with a smaller batch
     "memory": "GB",
     "batch": "images",
+    "wall_time": "s",  # from the first image's noise to the last one on the disk
+    "throughput": "images/s",
 }
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,7 +124,8 @@ def commit_name(root: Path) -> str:
     if not commit:
         return "unknown"
     # Results are written while measuring; they do not change what is measured.
-    status = ("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    written = (":!benchmarks/results", ":!fastdit/attention/*.json")
+    status = ("status", "--porcelain", "--", ".", *written)
     changes = _output("git", "-C", str(root), *status)
     return commit.strip() + ("" if changes == "" else "-dirty")
 

@@ -1,6 +1,7 @@
 """How long a step of training takes: `fastdit`'s loop against bare loops, and against the compiled reference.
 
-    python benchmarks/training.py --quick                    # DiT-XL/2 at 256 tokens, bf16, batches 32 and 128
+    python benchmarks/training.py                            # DiT-XL/2 at 256 tokens, bf16, batches 32, 128 and 256
+    python benchmarks/training.py --quick --batch 128        # 40 steps of each instead of 200
     python benchmarks/training.py --largest-batch            # what fits into 24, 40, 80 and 141 GB
     python benchmarks/training.py --device cpu --model DiT-S/2 --batch 8 --dtype fp32
 
@@ -11,8 +12,10 @@ All train on the same random latents, with AdamW and one average of the weights:
     reference, bare       the eager reference with torch's fused AdamW and a loop over its average
     reference, compiled   the same, compiled as a whole; with a memory budget Inductor recomputes activations
 
-A step is timed from launch to result over some in a row, the providers in turns. TFLOP/s are useful ones: three times a
-forward, twice the multiply-adds; recomputed products do not count. Needs torch, numpy and this source tree.
+A step is timed from launch to result over `--steps` in a row, the providers in turns, `--rounds` times. All are on the
+device at once; one that does not fit beside the others is a row with a reason. TFLOP/s are useful ones: three times a
+forward, twice the multiply-adds; recomputed products do not count. Every batch has a file of its own, written when it
+is measured. Needs torch, numpy and this source tree.
 """
 
 from __future__ import annotations
@@ -20,12 +23,10 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ if not __package__:  # started as a file: the packages lie in the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.compile_matrix import models_of
-from benchmarks.measure import in_turns, timed, times_faster
+from benchmarks.measure import FAILURES, WallClock, one_line, side_by_side, timed, times_faster
 from benchmarks.results import Row, environment_of, folder_name, table, write_rows
 from fastdit import DiT, DiT_models, create_diffusion
 from fastdit.data import Synthetic
@@ -81,6 +82,10 @@ class Loop:
         self.trainer._begin()
         self.batches = self.trainer._batches()
 
+    def close(self) -> None:
+        """Ends the processes that load the data."""
+        self.batches.close()
+
     def steps(self, count: int) -> None:
         def some() -> Iterator[tuple[Tensor, Tensor]]:
             for _ in range(count):
@@ -107,7 +112,7 @@ class Bare:
         budget: float | None = None,
     ) -> None:
         self.model = copy.deepcopy(model).train()
-        self.batch, self.device, self.dtype, self.budget = batch, device, dtype, budget
+        self.batch, self.device, self.dtype = batch, device, dtype
         side = 2 * round(self.model.get_parameter("pos_embed").shape[1] ** 0.5)
         self.x0 = torch.randn(batch, 4, side, side, device=device)
         self.y = torch.arange(batch, device=device) % 1000
@@ -117,7 +122,7 @@ class Bare:
             for block in self.model.blocks:  # type: ignore[union-attr]
                 block.compile()
         elif compiled == "whole":
-            self.predict = torch.compile(self.model)
+            self.predict = torch.compile(self.model, backend=inductor(budget))
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         if isinstance(self.model, DiT):
             self.average = averaged_copy(self.model)
@@ -127,16 +132,11 @@ class Bare:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=True)
 
     def steps(self, count: int) -> None:
-        with self._budget():
-            for _ in range(count):
-                self._step()
+        for _ in range(count):
+            self._step()
 
-    def _budget(self) -> Any:
-        if self.budget is None:
-            return nullcontext()
-        from torch._functorch import config
-
-        return config.patch(activation_memory_budget=self.budget)
+    def close(self) -> None:
+        """As that of `Loop`; nothing is open."""
 
     def _step(self) -> None:
         t = torch.randint(1000, (self.batch,), device=self.device)
@@ -159,24 +159,20 @@ class Bare:
             torch._foreach_lerp_(averages, list[Tensor](self.model.parameters()), 1e-4)
 
 
-class Watch:
-    """Seconds of a step: the mean of `count` in a row."""
+def inductor(budget: float | None) -> Callable[..., Any]:
+    """`torch.compile`'s default backend under a memory budget.
 
-    def __init__(self, run: Callable[[int], None], count: int, device: torch.device) -> None:
-        self.run, self.count, self.device = run, count, device
-        run(3)
+    Each is a function of its own: torch.compile would take what it has compiled under another budget for this one.
+    """
 
-    def sample(self) -> float:
-        wait_for(self.device)
-        begun = time.perf_counter()
-        self.run(self.count)
-        wait_for(self.device)
-        return (time.perf_counter() - begun) / self.count
+    def compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._functorch import config
+        from torch._inductor.compile_fx import compile_fx
 
+        with nullcontext() if budget is None else config.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs)
 
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return compiled
 
 
 def providers(
@@ -186,7 +182,7 @@ def providers(
     dtype: str,
     folder: Path,
     options: argparse.Namespace,
-) -> Iterator[tuple[str, Callable[[], Any]]]:
+) -> Iterator[tuple[str, Callable[[], Loop | Bare]]]:
     """By name, what makes each."""
     compiled = "off" if options.no_compile else "blocks"
     model, reference = models["fastdit"], models["reference"]
@@ -212,58 +208,66 @@ def measure(
     dtype: str,
     options: argparse.Namespace,
     template: Row,
-) -> Iterator[Row]:
+) -> tuple[list[Row], list[str]]:
+    """The rows of a batch, and the providers that failed for another reason than memory."""
     model = models["fastdit"]
     assert isinstance(model, DiT)
     flops = 6 * multiply_adds(model) * batch
     template = replace(template, shape={"N": batch, "T": model.pos_embed.shape[1]}, flops=flops)
-    watches: dict[str, Watch] = {}
-    memory: dict[str, float] = {}
+    # Else what was compiled for one batch would be compiled for any, which is slower, when it meets the next.
+    torch.compiler.reset()
+    memory: dict[str, float | str] = {}
+
+    def clock(make: Callable[[], Loop | Bare]) -> WallClock:
+        made = make()
+        run, warm_up = partial(made.steps, options.steps), partial(made.steps, 3)
+        return WallClock(run, options.steps, device, warm_up=warm_up, close=made.close)
+
     with tempfile.TemporaryDirectory() as folder:
-        each = list(providers(models, batch, device, dtype, Path(folder), options))
-        if (
-            device.type == "cuda"
-        ):  # first one at a time, for what it takes; they are timed in turns, all there
-            memory = {name: peak_memory(make, device) for name, make in each}
-        for name, make in each:
-            try:
-                watches[name] = Watch(make().steps, options.steps, device)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).split("\n")[0]
-                yield replace(template, provider=name, reason=f"beside the others: {reason}")
-            torch.cuda.empty_cache()
-        samples = in_turns(watches, options.rounds)
+        each = dict(providers(models, batch, device, dtype, Path(folder), options))
+        if device.type == "cuda":  # one at a time, for what it takes; they are timed all there
+            memory = {name: peak_memory(make, device) for name, make in each.items()}
+        turns = side_by_side(
+            {name: partial(clock, make) for name, make in each.items()}, options.rounds
+        )
+    samples = turns.samples
+    rows = []
+    for name, reason in turns.reasons.items():
+        beside = "beside the others: " if name in turns.excused else ""
+        rows.append(replace(template, provider=name, reason=beside + reason))
     compiled = [name for name in samples if name.startswith(COMPILED)]
-    baseline = BARE if not compiled else f"{COMPILED}, memory budget 1.0"
+    baseline = compiled[0] if compiled else BARE
     for name, seconds in samples.items():
         base = BARE if name == LOOP and not compiled else baseline
-        ratio = None if name == base else times_faster(seconds, samples[base])
-        named = replace(
-            template, provider=name, baseline=None if ratio is None else base, ratio=ratio
-        )
-        yield timed(named, seconds)
-        yield timed(replace(named, metric="rate"), seconds)
-        if name == LOOP:
+        row = replace(template, provider=name)
+        if name != base and base in samples:
+            row = replace(row, baseline=base, ratio=times_faster(seconds, samples[base]))
+        rows += [timed(row, seconds), timed(replace(row, metric="rate"), seconds)]
+        if name == LOOP and BARE in samples:
             share = times_faster(seconds, samples[BARE])
-            yield timed(
-                replace(named, case="of the bare loop", baseline=BARE, ratio=share), seconds
-            )
-    for name, gigabytes in memory.items():
+            row = replace(row, case="of the bare loop", baseline=BARE, ratio=share)
+            rows.append(timed(row, seconds))
+    for name, found in memory.items():
         row = replace(template, provider=name, metric="memory")
-        fits = math.isfinite(gigabytes)
-        yield replace(row, value=gigabytes) if fits else replace(row, reason="does not fit")
+        rows.append(
+            replace(row, reason=found) if isinstance(found, str) else replace(row, value=found)
+        )
+    return rows, turns.broken()
 
 
-def peak_memory(make: Callable[[], Any], device: torch.device) -> float:
-    """GB of three steps at their peak, with weights, averages and moments; infinite where they do not fit."""
+def peak_memory(make: Callable[[], Loop | Bare], device: torch.device) -> float | str:
+    """GB of three steps at their peak, with weights, averages and moments; or why there is no such number."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
-        make().steps(3)
+        with closing(make()) as made:
+            made.steps(3)
     except torch.OutOfMemoryError:
-        return math.inf
+        return "does not fit"
+    except FAILURES as failure:
+        return one_line(failure)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
@@ -317,11 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="DiT-XL/2",
     )
     add("--tokens", type=int, choices=(256, 1024), default=256)
-    add("--batch", type=int, nargs="+", help="32 128 256, with --quick the first two")
+    add("--batch", type=int, nargs="+", default=[32, 128, 256])
     add("--dtype", choices=("bf16", "fp32"), default="bf16")
-    add("--steps", type=int, default=10, help="in a row, of a sample (%(default)s)")
+    add("--steps", type=int, help="in a row, of a sample: 40, with --quick 8")
     add("--rounds", type=int, default=5, help="samples of each (%(default)s)")
-    add("--quick", action="store_true", help="fewer batches")
+    add("--quick", action="store_true", help="40 steps of each in all, and not 200")
     add("--largest-batch", action="store_true", help="what fits into 24, 40, 80 and 141 GB")
     add("--depth", type=int, help="blocks, fewer to try the program: no file is written")
     add("--no-compile", action="store_true", help="leave what is compiled out")
@@ -335,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: torch sees no GPU; allowed here are auto and cpu")
     if options.largest_batch and device.type == "cpu":
         parser.error("--largest-batch: is about the memory of a GPU, torch sees none")
+    if options.steps is None:
+        options.steps = 8 if options.quick else 40
     torch.manual_seed(0)
     if options.model == "demo":
         options.tokens = 16
@@ -347,19 +353,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes["depth"] = options.depth
     models = models_of(sizes, options.tokens, device)
     template = Row(SUITE, options.model, "", {"T": options.tokens}, options.dtype, "time")
-    rows: list[Row] = []
+    environment = environment_of(device)
+
+    def write(part: str, rows: Sequence[Row]) -> None:
+        print(table(rows))
+        if options.depth is None:
+            path = environment.folder(options.output) / f"{part}.json"
+            write_rows(path, rows, environment)
+            print(path)
+
+    name = folder_name(options.model)
     if options.largest_batch:
-        rows += largest_batches(models, device, options.dtype, template)
-    else:
-        for batch in options.batch or ([32, 128] if options.quick else [32, 128, 256]):
-            rows += measure(models, batch, device, options.dtype, options, template)
-    print(table(rows))
-    if options.depth is None:
-        environment = environment_of(device)
-        part = "largest_batch" if options.largest_batch else "training"
-        path = environment.folder(options.output) / f"{part}-{folder_name(options.model)}.json"
-        write_rows(path, rows, environment)
-        print(path)
+        write(
+            f"largest_batch-{name}", list(largest_batches(models, device, options.dtype, template))
+        )
+        return
+    broken: list[str] = []
+    for batch in options.batch:
+        rows, failed = measure(models, batch, device, options.dtype, options, template)
+        write(f"training-{name}-{batch}", rows)
+        broken += failed
+    if broken:
+        sys.exit(f"failed: {', '.join(broken)}")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
     if (out / "plan.json").exists():
         return
     others = [path.name for path in out.iterdir() if not path.name.startswith((".", "plan.json"))]
-    if others:
+    if others and not (out / "plan.json").exists():  # another process may have written both by now
         raise ValueError(
             f"out={str(out)!r}: holds {min(others)!r} and no plan.json; choose a new or empty folder"
         )

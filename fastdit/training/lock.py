@@ -111,11 +111,17 @@ def _remove_if_stale(lock: Path) -> None:
                 turn.rmdir()
         return
     try:
-        if _read(lock) == holder and (stale := _renamed(lock)) is not None:
-            warnings.warn(f"{lock}: {_who(holder)} is no more; the run is taken over", stacklevel=4)
-            shutil.rmtree(stale, ignore_errors=True)
+        if _read(lock) != holder or (stale := _renamed(lock)) is None:
+            return
+        if _read(stale) != holder:  # this process stood still in between, and another was faster
+            with suppress(OSError):
+                stale.rename(lock)
+            return
+        warnings.warn(f"{lock}: {_who(holder)} is no more; the run is taken over", stacklevel=4)
+        shutil.rmtree(stale, ignore_errors=True)
     finally:
-        turn.rmdir()
+        with suppress(FileNotFoundError):
+            turn.rmdir()
 
 
 def _who(holder: dict[str, Any]) -> str:

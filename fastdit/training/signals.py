@@ -27,9 +27,10 @@ def stop_signals() -> Iterator[list[int]]:
     first: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        again = bool(received)  # before anything: another signal may come between two lines
         received.append(number)
         first.append(time.monotonic())
-        if len(received) > 1:
+        if again:
             if number != signal.SIGINT and time.monotonic() - first[0] < ECHO:
                 return
             if number == signal.SIGINT:

@@ -29,7 +29,9 @@ def refused(message: str) -> Candidate:
     return Candidate("refused", "bfloat16", prepare)
 
 
-def compare(*candidates: Candidate, time_limit: float = 60, metric: str = "time") -> dict[str, Row]:
+def compare(
+    *candidates: Candidate, time_limit: float = math.inf, metric: str = "time"
+) -> dict[str, Row]:
     rows = Bench(CPU, 3, time_limit).compare("suite", "case", {"N": 2}, metric, candidates)
     assert [row.provider for row in rows] == [each.provider for each in candidates]
     return {row.provider: row for row in rows}
@@ -189,3 +191,41 @@ def test_what_waits_for_the_gpu_cannot_be_timed(monkeypatch: pytest.MonkeyPatch)
     queue = Queue(monkeypatch, cost=100, room=0)
     with pytest.raises(RuntimeError, match="it synchronises"):
         Stopwatch(queue.run, torch.device("cuda"))
+
+
+def test_side_by_side() -> None:
+    """Who cannot be made, or no longer runs beside the others, gets a reason; all are closed."""
+    closed = []
+    runs: list[str] = []
+
+    def clock(name: str, failure: Exception | None = None, after: int = 0) -> measure.WallClock:
+        def run() -> None:
+            runs.append(name)
+            if failure is not None and runs.count(name) > after:
+                raise failure
+
+        def close() -> None:
+            closed.append(name)
+
+        return measure.WallClock(run, 2, torch.device("cpu"), close=close)
+
+    def unmade() -> measure.WallClock:
+        raise ValueError("cannot\nbe made")
+
+    turns = measure.side_by_side(
+        {
+            "good": lambda: clock("good"),
+            "unmade": unmade,
+            "late": lambda: clock("late", torch.OutOfMemoryError("no room"), after=1),
+            "other": lambda: clock("other"),
+        },
+        rounds=3,
+    )
+    assert {name: len(seconds) for name, seconds in turns.samples.items()} == {
+        "good": 3,
+        "other": 3,
+    }
+    assert turns.reasons == {"unmade": "cannot be made", "late": "no room"}
+    assert turns.broken() == ["unmade"]
+    assert closed == ["late", "good", "other"]
+    assert runs[-6:] == ["good", "other", "other", "good", "good", "other"]

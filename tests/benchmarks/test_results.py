@@ -65,6 +65,8 @@ def test_commit_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(commit) == 10
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     (tmp_path / "benchmarks/results/new.json").write_text("{}")
+    (tmp_path / "fastdit/attention").mkdir(parents=True)
+    (tmp_path / "fastdit/attention/nvidia-h200.json").write_text("{}")
     assert results.commit_name(tmp_path) == commit
     (tmp_path / "a").write_text("2")
     assert results.commit_name(tmp_path) == f"{commit}-dirty"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import training
 from benchmarks.results import read_rows
@@ -21,10 +24,13 @@ def test_training(
         training.torch.device("cpu"),
     )
     monkeypatch.setattr(training, "models_of", lambda sizes, tokens, device: small)
+    loops = []
+    close = training.Loop.close
+    monkeypatch.setattr(training.Loop, "close", lambda loop: loops.append(loop) or close(loop))  # type: ignore[func-returns-value]
     options = ["--device", "cpu", "--model", "DiT-S/2", "--batch", "2", "--dtype", "fp32"]
     options += ["--steps", "1", "--rounds", "2", "--no-compile", "--output", str(tmp_path)]
     training.main(options)
-    (path,) = tmp_path.glob("*/*/training-dit-s-2.json")
+    (path,) = tmp_path.glob("*/*/training-dit-s-2-2.json")
     rows = read_rows(path)
     times = {(row.case, row.provider): row for row in rows if row.metric == "time"}
     assert [provider for _, provider in times] == [
@@ -40,6 +46,29 @@ def test_training(
     bare = times["DiT-S/2", training.BARE]
     assert rate.value == pytest.approx(bare.flops / bare.value / 1e6)  # type: ignore[operator]
     assert str(path) in capsys.readouterr().out
+    (closed,) = loops
+    with pytest.raises(StopIteration):
+        next(closed.batches)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_memory_budget_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is not what torch.compile has made for the first."""
+    from torch._functorch import config
+    from torch._inductor import compile_fx
+
+    seen = []
+
+    def stand_in(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(config.activation_memory_budget)
+        return graph.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", stand_in)
+    torch.compiler.reset()
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+    for budget in (1.0, 0.75):
+        torch.compile(copy.deepcopy(layers), backend=training.inductor(budget))(torch.ones(2, 8))
+    assert seen == [1.0, 0.75]
 
 
 def test_the_memory_of_a_cpu_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:

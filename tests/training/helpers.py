@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
@@ -21,6 +22,8 @@ from fastdit.weights import write_manifest
 
 # What differs from one run to the next because one took longer.
 TIMING = ("seconds", "seconds_since_log", "seconds_per_step", "images_per_second")
+# Python 3.12 warns of every fork in a process with threads, and torch has threads.
+FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def tiny(out: Path, **changes: Any) -> TrainConfig:

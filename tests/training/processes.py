@@ -604,6 +604,43 @@ def _gradients(file: str) -> None:
     AdamWEMA.update = update  # type: ignore[method-assign]
 
 
+def _inputs(file: str) -> None:
+    """Has every step be of timestep 999, and writes what arrives: the dtype of the images and of the residual stream at
+    every block, and dtype and values of the timesteps where they are embedded. In `file`, by the rank."""
+    import torch
+
+    from fastdit.models import DiT
+    from fastdit.models.blocks import DiTBlock
+    from fastdit.models.embeddings import TimestepEmbedder
+    from fastdit.training.loop import Trainer
+
+    embedding, recomputes = TimestepEmbedder.timestep_embedding, DiTBlock._recomputes
+    images, timesteps = DiT._embed, Trainer._timesteps
+
+    def note(kind: str, given: Any, *seen: Any) -> None:
+        if given.is_meta:  # operations are being counted
+            return
+        with open(f"{file}.{os.environ.get('RANK', '0')}", "a") as written:
+            written.write(json.dumps([kind, str(given.dtype), *seen]) + "\n")
+
+    def embedded(t: Any, dim: int, max_period: float = 10000) -> Any:
+        note("timesteps", t, *([] if t.is_meta else t.tolist()))
+        return embedding(t, dim, max_period)
+
+    def embedded_images(self: Any, x: Any) -> Any:
+        note("images", x)
+        return images(self, x)
+
+    def stream(self: Any, x: Any) -> bool:
+        note("stream", x)  # every block asks this of its input; its `forward` stays its own
+        return recomputes(self, x)
+
+    TimestepEmbedder.timestep_embedding = staticmethod(embedded)  # type: ignore[method-assign]
+    DiT._embed = embedded_images  # type: ignore[method-assign]
+    DiTBlock._recomputes = stream  # type: ignore[method-assign]
+    Trainer._timesteps = lambda self: torch.full_like(timesteps(self), 999)  # type: ignore[method-assign]
+
+
 def _forgets(what: str) -> None:
     """A resume that does not do all of its work; see `test_kill.test_what_is_forgotten_is_noticed`."""
     from fastdit.training import checkpoint, loop
@@ -670,6 +707,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "no space for shards": _no_space_for_shards,
     "gradients": _gradients,
     "drawn weights": drawn_weights,
+    "inputs": _inputs,
     "forgets": _forgets,
 }
 

@@ -282,6 +282,25 @@ def test_what_is_no_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_lock(tmp_path).__enter__()
 
 
+def test_who_stands_still_while_taking_over_takes_nothing_from_who_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_by(tmp_path, pid=NO_PROCESS)
+    renamed = module._renamed
+
+    def slowly(lock: Path) -> Path | None:
+        monkeypatch.setattr(module, "_renamed", renamed)
+        shutil.rmtree(lock)
+        held_by(tmp_path, host="elsewhere")
+        (tmp_path / ".tmp-run.lock-taken-over").rmdir()  # the turn has run out
+        return renamed(lock)
+
+    monkeypatch.setattr(module, "_renamed", slowly)
+    with pytest.raises(FileExistsError, match=r"on elsewhere .* trains in it"), run_lock(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
 def test_lock_without_a_holder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "run.lock").mkdir()
     with run_lock(tmp_path):

@@ -31,7 +31,7 @@ from fastdit.training.loop import Trainer, _dataset, _model, learning_rate
 from fastdit.training.metrics import peak_flops, read_metrics
 from fastdit.weights import load_description, problems
 
-from .helpers import checkpoints, record, tensors, tiny
+from .helpers import FORKS, checkpoints, record, tensors, tiny
 
 CPU = torch.device("cpu")
 
@@ -437,6 +437,7 @@ def test_other_conditionings_train(conditioning: str, tmp_path: Path) -> None:
     assert all(math.isfinite(loss) for loss in _losses(run))
 
 
+@FORKS
 def test_folder_of_images(folder_of_images: Path, tmp_path: Path) -> None:
     config = tiny(
         tmp_path / "run", data=str(folder_of_images), image_size=8, num_classes=5, num_workers=2
@@ -479,6 +480,7 @@ class _StandInVAE:
         return torch.cat([large, large[:, :1]], dim=1)
 
 
+@FORKS
 def test_latents_of_a_vae(
     pictures: None, folder_of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

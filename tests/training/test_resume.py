@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.files import read_json, write_json
-from fastdit.training import TrainConfig, plots, train
+from fastdit.training import TrainConfig, plots, signals, train
 from fastdit.training.loop import Trainer
 from fastdit.training.metrics import read_metrics
 from fastdit.training.signals import STOPPING
 
-from .helpers import checkpoints, declare_whole, record, tensors, tiny, write_images
+from .helpers import FORKS, checkpoints, declare_whole, record, tensors, tiny, write_images
 
 
 def _exact(out: Path, data: Path, **changes: Any) -> TrainConfig:
@@ -103,6 +104,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     _assert_same_run(run, uninterrupted, 20)
 
 
+@FORKS
 def test_run_resumed_twice_with_other_numbers_of_workers(
     uninterrupted: Path, folder_of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +171,8 @@ def test_run_that_is_asked_to_stop_is_saved_after_the_step_under_way(
 def test_a_repeated_request_is_the_same_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scheduler signals every process, and torchrun hands its own on."""
+    """A scheduler signals every process, and torchrun hands its own on: within `ECHO`, as long as this clock stands."""
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: 0.0))
     update = Trainer._update
 
     def signalled(self: Trainer, x0: Tensor, y: Tensor) -> None:
