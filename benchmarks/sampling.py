@@ -38,7 +38,7 @@ from fastdit.backend import use_backend
 from fastdit.data import VAE
 from fastdit.distributed import World
 from fastdit.sampling import Sampler, draw_to_disk
-from fastdit.sampling.measuring import _loop, _providers
+from fastdit.sampling.measuring import plain_loop, providers_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEMO: dict[str, Any] = {
@@ -74,7 +74,7 @@ def step_rows(
 ) -> tuple[list[Row], list[str]]:
     """Rows of all providers and shares, and the providers that failed for another reason than memory."""
     device = next(model.parameters()).device
-    draws = _providers(model, options.steps, CFG_SCALE, not options.no_compile)
+    draws = providers_of(model, options.steps, CFG_SCALE, not options.no_compile)
     if device.type == "cuda":
         draws[AUTOCAST] = under_autocast(model, options.steps)
     rows: list[Row] = []
@@ -123,7 +123,7 @@ def under_autocast(model: DiT, steps: int) -> Callable[[Tensor], Tensor]:
 
     def draw(labels: Tensor) -> Tensor:
         with use_backend("reference"), torch.autocast(device.type, torch.bfloat16):
-            return _loop(wide, wide, labels, steps, CFG_SCALE)
+            return plain_loop(wide, wide, labels, steps, CFG_SCALE)
 
     return draw
 

@@ -39,9 +39,11 @@ def measure_sampling(
     reference and diffusers compiled whole, on CUDA with its graphs. All are timed in turns, the medians of three.
     """
     device = next(model.parameters()).device
-    providers = _providers(model, steps, cfg_scale, compiled)
+    providers = providers_of(model, steps, cfg_scale, compiled)
     rows = []
     for batch in batches:
+        # Else the next batch would be compiled for any size, which is slower.
+        torch.compiler.reset()
         labels = torch.arange(batch, device=device) % model.num_classes
         seconds: dict[str, list[float]] = {name: [] for name in providers}
         for turn in range(ROUNDS + 1):
@@ -66,21 +68,24 @@ def measure_sampling(
     return rows
 
 
-def _providers(
+def providers_of(
     model: DiT, steps: int, cfg_scale: float, compiled: bool
 ) -> dict[str, Callable[[Tensor], Any]]:
+    """By name, what draws one image for each of its labels: see `measure_sampling`."""
     on_gpu = next(model.parameters()).is_cuda
 
     def loop(predict: Predict, backend: str = "auto") -> Callable[[Tensor], Tensor]:
         def draw(labels: Tensor) -> Tensor:
             with use_backend(backend):
-                return _loop(model, predict, labels, steps, cfg_scale)
+                return plain_loop(model, predict, labels, steps, cfg_scale)
 
         return draw
 
     def sampler(cuda_graph: bool) -> Callable[[Tensor], Tensor]:
         kept = Sampler(model, steps=steps, cuda_graph=cuda_graph, learn_sigma=model.learn_sigma)
-        return lambda labels: kept(labels, cfg_scale=cfg_scale, progress=False)
+        return lambda labels: kept(
+            labels, cfg_scale=cfg_scale, batch_size=len(labels), progress=False
+        )
 
     def compile_whole(module: Any) -> Any:
         return torch.compile(module, mode="reduce-overhead" if on_gpu else None)
@@ -108,7 +113,9 @@ def _providers(
     return found
 
 
-def _loop(model: DiT, predict: Predict, labels: Tensor, steps: int, cfg_scale: float) -> Tensor:
+def plain_loop(
+    model: DiT, predict: Predict, labels: Tensor, steps: int, cfg_scale: float
+) -> Tensor:
     """DDPM with guidance of the first three channels on a doubled batch."""
     both = torch.cat([labels, torch.full_like(labels, model.num_classes)])
     x = torch.randn(len(labels), model.in_channels, *model.input_size, device=labels.device)

@@ -52,7 +52,7 @@ def test_baselines_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DiT(**(sampling.DEMO | {"depth": 1, "hidden_size": 32}))
     draws = dict.fromkeys(("reference", "fastdit", "reference, compiled"), torch.neg)
     draws |= {"eager": without_memory, "diffusers": wrong}
-    monkeypatch.setattr(sampling, "_providers", lambda *_: draws)
+    monkeypatch.setattr(sampling, "providers_of", lambda *_: draws)
     options = argparse.Namespace(steps=2, rounds=2, no_compile=False)
     template = Row("sampling", "demo", "", {}, "fp32", "time")
     rows, broken = sampling.step_rows(model, [1, 2], options, template)
@@ -70,7 +70,7 @@ def test_the_reference_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 weights, products in bfloat16, whatever the dtype of the model."""
     model = DiT(**(sampling.DEMO | {"depth": 1, "hidden_size": 32})).bfloat16().eval()
     seen = []
-    loop = sampling._loop
+    loop = sampling.plain_loop
 
     def watched(wide: DiT, *arguments: Any) -> torch.Tensor:
         linear = wide.blocks[0].mlp.fc1
@@ -78,7 +78,7 @@ def test_the_reference_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         linear.register_forward_hook(watch)
         return loop(wide, *arguments)
 
-    monkeypatch.setattr(sampling, "_loop", watched)
+    monkeypatch.setattr(sampling, "plain_loop", watched)
     drawn = sampling.under_autocast(model, steps=2)(torch.tensor([3]))
     assert drawn.isfinite().all()
     assert seen == 2 * [(torch.float32, torch.bfloat16)]
