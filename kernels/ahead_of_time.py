@@ -52,6 +52,7 @@ class Compiled(NamedTuple):
     local_accesses: int  # loads from the stack and stores to it
     widest_load: int  # bits of the widest load of a thread from global memory
     narrow_loads: int  # loads of fewer than 128 bits from global memory
+    scalar_loads: int  # those of them of fewer than 32
     widest_store: int
     narrow_stores: int
     barriers: int
@@ -178,6 +179,7 @@ def _read(launch: Launch, capability: int, kernel: Any, code: Sequence[str]) -> 
         local_accesses=len(_widths(code, "LDL", "STL")),
         widest_load=max(loads, default=0),
         narrow_loads=sum(bits < 128 for bits in loads),
+        scalar_loads=sum(bits < 32 for bits in loads),
         widest_store=max(stores, default=0),
         narrow_stores=sum(bits < 128 for bits in stores),
         barriers=sum(opcode.startswith("BAR.") for opcode in code),

@@ -1,7 +1,7 @@
 """The options and the reports of the benchmarks of single operations.
 
     pytest benchmarks/kernels --benchmark-only           # all shapes, on a GPU
-    pytest benchmarks/kernels --benchmark-only --quick   # DiT-XL at 256 tokens, batch 8 and 64
+    pytest benchmarks/kernels --benchmark-only --quick   # DiT-XL at 256 tokens, attention at 1024, too; batch 8 and 64
     pytest benchmarks/kernels --benchmark-only           # without a GPU: tiny shapes, a trial of the programs
 
 A test is one provider of one case. Its case is measured as a whole when the first of its providers is asked for, all

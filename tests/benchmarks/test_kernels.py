@@ -318,6 +318,8 @@ def test_sizes() -> None:
     ]
     assert len(module_of("layer_norm_modulate").cases(FULL)) == 4 * 2 * 3 * 2 * 2
     assert len(module_of("patchify").cases(FULL)) == 2 * 3 * 2
+    attention = module_of("attention").cases(QUICK)
+    assert {(case.model, case.tokens) for case in attention} == {("K72", 256), ("K72", 1024)}
 
 
 def bytes_of(operation: str, direction: str, stream: torch.dtype) -> int:

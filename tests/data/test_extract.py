@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from torch import Tensor
 from fastdit.data import VAE, Digits, ImageFolder, LatentFolder, TarShards, extract
 from fastdit.data import extract as extract_function
 from fastdit.data.vae import sample_latents
+from fastdit.distributed import world
 from tests.data.helpers import png, save_animals, save_tar, save_vae
+from tests.rendezvous import rendezvous
 
 pytest.importorskip("PIL.Image")
 
@@ -174,6 +178,65 @@ def test_two_processes_write_what_one_writes(
         shards = {1} if rank == 1 else {0, 1, 2}
         assert names == {f"latents-{number:05d}.safetensors" for number in shards}
     assert files(tmp_path / "out") == files(whole)
+
+
+@FORKS
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_two_real_processes_write_what_one_writes(
+    vae: VAE, animals: Path, whole: Path, tmp_path: Path
+) -> None:
+    """At the same time, as torchrun starts them; the second begins when the first has made its last shard."""
+    out, images = tmp_path / "out", ImageFolder(animals, 16)
+    store, shared = rendezvous(2)
+    children = []
+    for rank in range(2):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (images, vae, out, tmp_path / f"{rank}.json", environment)
+        child = multiprocessing.get_context("fork").Process(target=extract_as, args=arguments)
+        child.start()
+        children.append(child)
+    for child in children:
+        child.join(120)
+        child.kill()
+    del store
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    # Shards of 5, 5 and 3 images in batches of 2, of which each is encoded twice.
+    assert told == [{"calls": 10, "error": None}, {"calls": 6, "error": None}]
+    assert files(out) == files(whole)
+
+
+def extract_as(
+    images: ImageFolder, vae: VAE, out: Path, told: Path, environment: dict[str, str]
+) -> None:
+    """In a process of its own, one of those that `environment` says."""
+    os.environ.update(environment)
+    error = None
+    counted = Counted(vae)
+    try:
+        with world(timeout=timedelta(seconds=60)) as among:
+            if among.rank == 1:
+                counted = Counted(vae, 0, lambda: wait_for(out / "latents-00002.safetensors"))
+            extract_function(
+                images,
+                counted,  # type: ignore[arg-type]
+                out,
+                rank=among.rank,
+                size=among.size,
+                barrier=among.barrier,
+                **OPTIONS,
+            )
+    except BaseException as problem:
+        error = f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        told.write_text(json.dumps({"calls": counted.calls, "error": error}))
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, path
+        time.sleep(0.01)
 
 
 def test_rank_0_before_the_others(vae: VAE, animals: Path, whole: Path, tmp_path: Path) -> None:

@@ -346,6 +346,38 @@ def test_cmyk_is_converted(tmp_path: Path) -> None:
     assert levels(only(tmp_path)) == [0, 255, 255]
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_other_colour_spaces_are_converted(tmp_path: Path, mode: str, kind: str) -> None:
+    """An even colour is the same after a JPEG, but for its rounding. Printers' CMYK is often stored inverted in one."""
+    image = Image.new("RGB", (16, 16), (200, 100, 50)).convert(mode)
+    folder_of(tmp_path, image, "image", format=kind)
+    path = (tmp_path / "only" / "image").rename(tmp_path / "only" / f"image.{kind.lower()}")
+    with Image.open(path) as stored:  # a JPEG of YCbCr is what every decoder gives as RGB
+        assert stored.mode == ("RGB" if (mode, kind) == ("YCbCr", "JPEG") else mode)
+    # CMYK has no black here, so it is exact; YCbCr has eight bits of each, and a JPEG of either rounds once more.
+    allowed = (mode == "YCbCr") + (kind == "JPEG")
+    for found, expected in zip(levels(only(tmp_path)), (200, 100, 50), strict=True):
+        assert abs(found - expected) <= allowed
+
+
+def test_profile_is_not_applied(tmp_path: Path) -> None:
+    """Here one that says that red is blue and blue is red, and one that is damaged."""
+    colours = pytest.importorskip("PIL.ImageCms")
+    image = random_image(0)
+    srgb = colours.createProfile("sRGB")
+    whole = colours.ImageCmsProfile(srgb).tobytes()
+    swapped = whole.replace(b"rXYZ", b"____").replace(b"bXYZ", b"rXYZ").replace(b"____", b"bXYZ")
+    applied = colours.profileToProfile(image, io.BytesIO(swapped), srgb)
+    assert applied.split()[0].tobytes() != image.split()[0].tobytes()
+    for name, profile in {"swapped": swapped, "damaged": swapped[:200], "none": None}.items():
+        folder_of(tmp_path / name, image, icc_profile=profile)
+        with Image.open(tmp_path / name / "only" / "image.png") as stored:
+            assert stored.info.get("icc_profile") == profile
+        pixels = ((only(tmp_path / name).double() + 1) * 127.5).round().byte()
+        assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(image)), name
+
+
 def test_rotation_is_not_applied(tmp_path: Path) -> None:
     image = random_image(0)
     exif = Image.Exif()
@@ -355,10 +387,20 @@ def test_rotation_is_not_applied(tmp_path: Path) -> None:
     assert torch.equal(only(tmp_path / "rotated"), only(tmp_path / "plain"))
 
 
-def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
-    first, second = Image.new("L", (16, 16), 10), Image.new("L", (16, 16), 200)
-    folder_of(tmp_path, first, "image.gif", save_all=True, append_images=[second])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("gif", {}), ("webp", {"lossless": True}), ("png", {}), ("tiff", {})]
+)
+def test_animation_gives_its_first_frame(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """Of a TIFF, the first page."""
+    first, second = Image.new("RGB", (16, 16), (10,) * 3), Image.new("RGB", (16, 16), (200,) * 3)
+    options = {"save_all": True, "append_images": [second], **options}
+    folder_of(tmp_path, first, f"image.{kind}", **options)
+    with Image.open(tmp_path / "only" / f"image.{kind}") as stored:
+        assert stored.n_frames == 2
     assert levels(only(tmp_path)) == [10, 10, 10]
+    assert len(ImageFolder(tmp_path, 16)) == 1
 
 
 # ---------------------------------------------------------------- bad images

@@ -46,6 +46,14 @@ def test_resumed_order_is_the_uninterrupted_one(start_step: int) -> None:
     assert batches(15 - start_step, start_step=start_step) == batches(15)[start_step:]
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_of_all_processes_are_the_batch(size: int) -> None:
+    whole = batches(7, batch_size=6)
+    parts = [batches(7, batch_size=6, rank=rank, size=size) for rank in range(size)]
+    for batch, each in zip(whole, zip(*parts, strict=True), strict=True):
+        assert [key for part in each for key in part] == batch
+
+
 def test_start_at_a_far_step_is_immediate() -> None:
     [batch] = batches(1, start_step=4 * 10**12 + 1)
     assert {epoch for _, epoch in batch} == {10**12}

@@ -108,7 +108,8 @@ def _adamw(name: str) -> tuple[str, ...]:
 
 
 def _attention(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/kernels/test_attention.py::{name}" for name in names)
+    cases = (f"{n[:-1]}-interpreter]" if n.endswith("]") else f"{n}[interpreter]" for n in names)
+    return tuple(f"tests/kernels/test_attention.py::{case}" for case in cases)
 
 
 def _offsets(stem: str) -> tuple[str, ...]:
@@ -460,6 +461,15 @@ MUTATIONS = (
         "dgate += dstream * load_vector(bias, 0, 0, columns, D)",
         "pass",
         _seam(SMALL),
+    ),
+    Mutation(
+        "seam: the stream is not widened",
+        SEAM,
+        "normalise(stream.to(tl.float32), columns, eps, D)",
+        "normalise(stream, columns, eps, D)",
+        _tests(
+            "gated_residual_layer_norm_modulate", "test_largest_numbers_of_float16[interpreter]"
+        ),
     ),
     Mutation(
         "seam: no bias in the forward",

@@ -225,3 +225,11 @@ def fill_native(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str
         monkeypatch.setitem(operation.implementations, "native", native)
     monkeypatch.setattr("fastdit.ops.operation.reasons_not_usable", lambda *_: [])
     return calls
+
+
+def need_memory(gib: int) -> None:
+    """Skips a test where the GPU has less: what it reads, writes and keeps, and a little more."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] // 2**30
+    if free < gib:
+        pytest.skip(f"it needs {gib} GiB of the GPU's memory, {free} GiB are free")

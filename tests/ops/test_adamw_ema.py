@@ -16,7 +16,7 @@ from fastdit.ops.adamw_ema import adamw_ema_
 from fastdit.reference import adamw_ema as reference
 from fastdit.testing import Guarded, assert_close, assert_same_bits, layouts, poisoned_memory
 
-from .helpers import both_ways, draw, every_way, kernels_only
+from .helpers import both_ways, draw, every_way, kernels_only, need_memory
 
 MODULE = importlib.import_module("fastdit.ops.adamw_ema")
 OPERATOR = torch.ops.fastdit.adamw_ema_.default
@@ -765,6 +765,43 @@ def test_captured_in_a_graph() -> None:
             graph.replay()
             step(expected)
         assert_same_state("captured", state, expected)
+
+
+@pytest.mark.gpu
+def test_a_thousand_repeats_are_the_same_bits() -> None:
+    with torch.device("cuda"), fastdit.use_backend("triton"):
+        start = later_state([(300, 300), (4097,), (3,)], emas=2, copies=torch.bfloat16)
+        grads = draw_like(start.params, torch.bfloat16)
+        expected = start.clone()
+        run(adamw_ema_, expected, grads)
+        for _ in range(1000):
+            state = start.clone()
+            run(adamw_ema_, state, grads)
+            assert_same_state("repeat", state, expected)
+
+
+def assert_last_values(size: int) -> None:
+    """Of one long parameter: the last are what they are alone."""
+    state = later_state([(size,)], emas=0, copies=torch.bfloat16)
+    grads = draw_like(state.params, torch.bfloat16)
+    last = slice(size - 4097, None)
+    alone = state.map(lambda t: t[last].clone())
+    run(adamw_ema_, state, grads)
+    run(adamw_ema_, alone, [grad[last].clone() for grad in grads])
+    assert_same_state("last values", state.map(lambda t: t[last]), alone)
+
+
+@kernels_only
+def test_the_last_values() -> None:
+    assert_last_values(3 * 4096 + 5)
+
+
+@pytest.mark.gpu
+def test_long_parameter() -> None:
+    """Of more than 2^31 values."""
+    need_memory(48)  # three and a draw in float32, two in bfloat16
+    with torch.device("cuda"), fastdit.use_backend("triton"):
+        assert_last_values(2**31 + 2**20 + 3)
 
 
 # The registered operator.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from fastdit.testing import (
     poisoned_memory,
 )
 
-from .helpers import both_ways, draw, every_way, kernels_only
+from .helpers import both_ways, draw, every_way, kernels_only, need_memory
 
 MODULE = importlib.import_module("fastdit.ops.diffusion_step")
 ddpm_step, ddim_step = MODULE.ddpm_step, MODULE.ddim_step
@@ -278,6 +278,56 @@ def test_a_captured_graph_runs_any_step() -> None:
             inputs["x"].normal_()
             graph.replay()
             assert_same_bits(f"step {t}", out, case.run(inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [Case(n=64, grid=(16, 16)), Case("ddim", n=64, grid=(16, 16), eta=0.5)],
+    ids=["ddpm", "ddim"],
+)
+def test_a_thousand_repeats_are_the_same_bits(case: Case) -> None:
+    with torch.device("cuda"), fastdit.use_backend("triton"):
+        inputs = case.inputs(torch.bfloat16)
+        expected = case.run(inputs)
+        for _ in range(1000):
+            assert_same_bits("repeat", case.run(inputs), expected)
+
+
+def assert_last_sample(case: Case, x_dtype: torch.dtype) -> None:
+    """It is what it is alone."""
+    inputs = case.inputs(torch.bfloat16, x_dtype)
+    alone = {name: inputs[name][-1:] for name in ("x", "noise")}
+    last = [-1] if case.scale is None else [case.n - 1, -1]  # with the label, and without one
+    alone["tokens"] = inputs["tokens"][last]
+    assert_same_bits("last sample", case.run(inputs)[-1:], case.run({**inputs, **alone}))
+
+
+# More elements than 2^31: tokens of a guided step; and the state, the noise and the result of one that is not.
+LONG = 2**31 + 2**20
+LONG_CASES = {
+    "tokens": (Case(n=LONG // 2**14 + 1, grid=(16, 16)), torch.float32),
+    "state": (
+        Case(n=LONG // 2**12 + 1, grid=(16, 16), learned=False, scale=None),
+        torch.bfloat16,
+    ),
+}
+
+
+@kernels_only
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_the_last_sample(name: str) -> None:
+    case, x_dtype = LONG_CASES[name]
+    assert_last_sample(replace(case, n=3, grid=(2, 3)), x_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_long_tensors(name: str) -> None:
+    need_memory(28)  # all is drawn in float32
+    case, x_dtype = LONG_CASES[name]
+    with torch.device("cuda"), fastdit.use_backend("triton"):
+        assert_last_sample(case, x_dtype)
 
 
 def tiny_dit() -> DiT:

@@ -186,6 +186,18 @@ def test_large_mean_does_not_cancel() -> None:
 
 
 @every_way
+def test_largest_numbers_of_float16() -> None:
+    """x and branch of up to 0.9 of the largest number, divided by sqrt(D): as large as the norm of a row can be."""
+    inputs = make((2, 4, 64), "(D,)", torch.float16)
+    large = 0.9 * torch.finfo(torch.float16).max / 64**0.5
+    inputs |= {name: inputs[name].clamp(-1, 1) * large for name in ("x", "branch")}
+    inputs = {**inputs, "gate": inputs["gate"].clamp(-1, 1)}  # so that x_new can be represented
+    for out in seam(**inputs):
+        assert out.dtype is torch.float16
+        assert out.isfinite().all()
+
+
+@every_way
 @pytest.mark.parametrize("output", [0, 1])
 def test_rows_are_independent(output: int) -> None:
     inputs = make((4, 3, 8), "(N, D)")

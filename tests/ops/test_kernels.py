@@ -19,7 +19,7 @@ from fastdit.kernels.launch import Launch, recording
 from fastdit.ops.operation import Operation
 from fastdit.testing import assert_same_bits, layouts
 
-from .helpers import draw
+from .helpers import draw, need_memory
 from .test_operation import CASES, module_of, run
 
 each_operation = pytest.mark.parametrize("name", CASES)
@@ -99,13 +99,17 @@ def test_opcheck(name: str, variant: str, device: str, monkeypatch: pytest.Monke
 
 @gpu
 @pytest.mark.parametrize("d", [72, 1152])
-@pytest.mark.parametrize("name", ["layer_norm_modulate", "gated_residual_layer_norm_modulate"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate"]
+)
 def test_a_thousand_repeats_are_the_same_bits(name: str, d: int) -> None:
     with torch.device("cuda"):
-        vectors = {key: draw(60, d).bfloat16() for key in ("shift", "scale")}
-        inputs = {"x": draw(60, 64, d), **vectors}
+        inputs = {"x": draw(60, 64, d)}
         if "gated" in name:
             inputs |= {"branch": draw(60, 64, d).bfloat16(), "gate": draw(60, d).bfloat16()}
+        if "norm" in name:
+            inputs |= {key: draw(60, d).bfloat16() for key in ("shift", "scale")}
+        if name == "gated_residual_layer_norm_modulate":
             inputs |= {"bias": draw(d).bfloat16()}
     _assert_repeats(getattr(ops, name), inputs)
 
@@ -116,6 +120,15 @@ def test_a_thousand_repeats_of_the_perceptron() -> None:
         shapes = {"x": (6, 64, 72), "w1": (288, 72), "b1": (288,), "w2": (72, 288), "b2": (72,)}
         inputs = {key: draw(*shape).bfloat16() for key, shape in shapes.items()}
     _assert_repeats(ops.mlp_gelu, inputs)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thousand_repeats_of_patches(dtype: torch.dtype) -> None:
+    with torch.device("cuda"):
+        images, tokens = draw(64, 4, 32, 32, dtype=dtype), draw(64, 256, 32, dtype=dtype)
+    _assert_repeats(lambda x: ops.patchify(x, 2), {"x": images})
+    _assert_repeats(lambda tokens: ops.unpatchify(tokens, 2, 8, (16, 16)), {"tokens": tokens})
 
 
 def _assert_repeats(function: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
@@ -234,6 +247,7 @@ def _long(*shape: int) -> Tensor:
 
 @gpu
 def test_long_seam() -> None:
+    need_memory(40)  # eight tensors of 4 GiB
     t, d = 1024, 8192
     n = -(-LONG // (t * d))
     with torch.device("cuda"):
@@ -245,6 +259,7 @@ def test_long_seam() -> None:
 
 @gpu
 def test_long_norm() -> None:
+    need_memory(24)
     t, d = 1024, 8192
     n = -(-LONG // (t * d))
     with torch.device("cuda"):
@@ -255,6 +270,7 @@ def test_long_norm() -> None:
 
 @gpu
 def test_long_gated_residual() -> None:
+    need_memory(32)
     t, d = 1024, 8192
     n = -(-LONG // (t * d))
     with torch.device("cuda"):
@@ -265,10 +281,30 @@ def test_long_gated_residual() -> None:
 
 @gpu
 def test_long_patches() -> None:
+    need_memory(28)
     n = -(-LONG // (4 * 256 * 256))
     _assert_last_sample(lambda x: ops.patchify(x, 2), {"x": _long(n, 4, 256, 256)})
     tokens = _long(n, 128 * 128, 16)
     _assert_last_sample(lambda tokens: ops.unpatchify(tokens, 2, 4, (128, 128)), {"tokens": tokens})
+
+
+@gpu
+def test_long_packed_attention() -> None:
+    need_memory(20)
+    t, heads, head_dim = 256, 16, 72
+    n = -(-LONG // (t * 3 * heads * head_dim))
+    qkv = _long(n, t, 3, heads, head_dim)
+    _assert_last_sample(lambda qkv: ops.attention_qkvpacked(qkv, backend="triton"), {"qkv": qkv})
+
+
+@gpu
+def test_long_cross_attention() -> None:
+    """Here q, out and their gradients are long, too."""
+    need_memory(28)
+    t, heads, head_dim = 256, 16, 72
+    n = -(-LONG // (t * heads * head_dim))
+    inputs = {"q": _long(n, t, heads, head_dim), "kv": _long(n, 2, 2, heads, head_dim)}
+    _assert_last_sample(lambda q, kv: ops.attention(q, *kv.unbind(2), backend="triton"), inputs)
 
 
 def _assert_last_sample(function: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
@@ -292,6 +328,7 @@ def _assert_last_sample(function: Callable[..., Any], inputs: dict[str, Tensor])
 
 @gpu
 def test_long_gelu() -> None:
+    need_memory(24)
     from fastdit.kernels.mlp_gelu import gelu_backward_
 
     f = 4608

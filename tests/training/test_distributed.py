@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastdit import from_pretrained
 from fastdit.data import EpochBatchSampler, open_data
 from fastdit.diffusion import create_diffusion
 from fastdit.testing import assert_gradient_close
@@ -129,6 +130,18 @@ def test_curve_is_that_of_one_process(way: str, undisturbed: dict[str, Path]) ->
         torch.testing.assert_close(others[name], value, atol=5e-3, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("way", ["one", *WAYS])
+def test_attention_is_told_once(way: str, undisturbed: dict[str, Path]) -> None:
+    """The backend that the model chooses for a process's part of the batch; only the first process says so."""
+    run = undisturbed[way]
+    size = 1 if way == "one" else 2
+    (used,) = from_pretrained(run).attention_in_use(8 // size, training=True).values()
+    said = [(run.parent / f"{way}.{rank}.log").read_text() for rank in range(size)]
+    assert said[0].count("attention in ") == 1
+    assert f", attention in {used}\n" in said[0]
+    assert all("attention" not in other for other in said[1:])
+
+
 @pytest.mark.parametrize("way", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_averages_follow_the_weights(way: str, runs: Runs) -> None:
     """ema <- ema + (1 - decay) (weight - ema) at every step, of shards too, and for both decays."""
@@ -171,6 +184,36 @@ def test_bfloat16(way: str, runs: Runs) -> None:
     for line, other in zip(metrics(one), metrics(two), strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=5e-2, abs=1e-2)
     assert {v.dtype for v in state_of(folder_of(two, 8)).values()} == {torch.float32}
+
+
+def test_shards_in_bfloat16_leave_stream_timesteps_and_sums_as_they_are(runs: Runs) -> None:
+    """FSDP2 would round what goes into the model and its blocks, and its sums of gradients too, if it were let."""
+    inputs, gradients = runs.folder / "inputs", runs.folder / "gradients.safetensors"
+    faults = [
+        {"kind": "inputs", "file": str(inputs)},
+        {"kind": "gradients", "file": str(gradients)},
+        {"kind": "drawn weights"},
+    ]
+    options: dict[str, Any] = {
+        "precision": "bf16",
+        "parallel": "fsdp",
+        "steps": 1,
+        "warmup_steps": 0,
+    }
+    runs.finish("run", size=2, faults=faults, **options)
+    for rank in range(2):
+        seen = [json.loads(line) for line in Path(f"{inputs}.{rank}").read_text().splitlines()]
+        assert sorted(seen) == [
+            ["images", "torch.float32"],
+            *[["stream", "torch.float32"]] * 2,
+            ["timesteps", "torch.int64", *[999] * 4],
+        ]
+    # Of two processes, whose gradients are of eight bits each: a mean in bfloat16 would have eight too.
+    found = load_file(gradients)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        if name.startswith("blocks.") and gradient.dim() == 2:
+            assert not torch.equal(gradient, gradient.bfloat16().float()), name
 
 
 # ------------------------------------------------------------------ resumed

@@ -412,6 +412,7 @@ def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
 def test_compiled_run_has_the_same_numbers_and_names(
     compile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch._dynamo.reset()  # of what other tests have compiled
     expected = tensors(train(tiny(tmp_path / "off")), 4)
     compiled: list[object] = []
     original = torch.compile
