@@ -58,8 +58,10 @@ class CudaGraph:
         self, function: Callable[[], None], reset: Callable[[], None], device: torch.device
     ) -> None:
         self.graph, self.device = torch.cuda.CUDAGraph(), device
-        stream = torch.cuda.Stream(device)
-        with CAPTURING, torch.cuda.device(device):
+        # Back to the caller's stream in any case: where a capture cannot be begun, or ended, torch stays on its own.
+        callers = torch.cuda.stream(torch.cuda.current_stream(device))
+        with CAPTURING, torch.cuda.device(device), callers:
+            stream = _stream(device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
@@ -79,11 +81,17 @@ class CudaGraph:
             self.graph.reset()
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where all captures are made: libraries keep work space for every stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def reasons_not_replayable(model: torch.nn.Module) -> list[str]:
     """Why a step of `model` cannot be replayed; empty if it can."""
     reasons = []
     for name, module in model.named_modules():
-        if user_hooks(module):
+        if user_hooks(module) or hasattr(module, "_hf_hook"):  # accelerate's, around `forward`
             reasons.append(f"{name or 'the model'} has hooks, which a replay would pass over")
             break
     for name, parameter in model.named_parameters():

@@ -11,54 +11,25 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastdit import DiT, Sampler, create_diffusion
+from fastdit.sampling import graphs as graphs_module
 from fastdit.sampling.engine import Engine
-from fastdit.sampling.graphs import CudaGraph
+from fastdit.sampling.graphs import WARM_UPS, CudaGraph
 from fastdit.testing import assert_same_bits
 
-from .recording import Recording
+from .helpers import STEPS, both, device_of, draw, graphs, make_model, stepwise
 
 ROOT = Path(__file__).parents[2]
-STEPS = 9
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "cpu":
-        monkeypatch.setattr(Engine, "capture", Recording)
-        monkeypatch.setattr(Recording, "made", [])
-        monkeypatch.setattr(Recording, "fail", False)
-    yield request.param
-    if request.param == "cuda":
-        torch.cuda.synchronize()  # an illegal access belongs to the test that made it
-
-
-def make_model(device: str, seed: int = 0, **changes: Any) -> DiT:
-    torch.manual_seed(seed)
-    sizes = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
-    model = DiT(**{**sizes, **changes})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return model.eval().to(device)
-
-
-def both(model: DiT, labels: list[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
-    """The images by a graph, after they were found to be those of single steps."""
-    sampler = Sampler(model, steps=STEPS, cuda_graph=True) if sampler is None else sampler
-    single = Sampler(model, steps=STEPS, cuda_graph=False)
-    out: Tensor = sampler(labels, progress=False, **options)
-    assert_same_bits("images", out, single(labels, progress=False, **options))
-    return out
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
@@ -103,6 +74,7 @@ def test_a_failed_recording_leaves_everything_usable(
 ) -> None:
     """G11, G12: the exception is raised inside of the capture."""
     model = make_model(device)
+    stream = torch.cuda.current_stream() if device == "cuda" else None
     calls: list[int] = []
     plain = DiT.forward_modulated
 
@@ -112,21 +84,22 @@ def test_a_failed_recording_leaves_everything_usable(
             raise RuntimeError("out of memory")
         return plain(self, x, modulations)
 
-    monkeypatch.setattr(DiT, "forward_modulated", failing)
-    with pytest.warns(UserWarning, match="recording a step failed: out of memory"):
-        out = Sampler(model, steps=STEPS)([1, 2], progress=False)
-    monkeypatch.undo()
-    if device == "cpu":
-        monkeypatch.setattr(Engine, "capture", Recording)
-    assert_same_bits(
-        "fallback", out, Sampler(model, steps=STEPS, cuda_graph=False)([1, 2], progress=False)
-    )
+    with monkeypatch.context() as broken:
+        broken.setattr(DiT, "forward_modulated", failing)
+        with pytest.warns(UserWarning, match="recording a step failed: out of memory"):
+            out = Sampler(model, steps=STEPS)([1, 2], progress=False)
+    if device == "cuda":
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()
+    assert_same_bits("fallback", out, stepwise(model, [1, 2]))
     both(model, [1, 2])
-    model(
-        torch.randn(1, 4, 8, 8, device=device),
-        torch.tensor([1], device=device),
-        torch.tensor([1], device=device),
-    ).sum().backward()
+    train(model)
+
+
+def train(model: DiT) -> None:
+    device = device_of(model)
+    x = torch.randn(1, model.in_channels, *model.input_size, device=device)
+    model(x, torch.tensor([1], device=device), torch.tensor([1], device=device)).sum().backward()
 
 
 def test_shapes_in_any_order(device: str) -> None:
@@ -159,7 +132,8 @@ def test_right_after_a_training_step(device: str) -> None:
     model = make_model(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     sampler = Sampler(model, steps=STEPS, cuda_graph=True)
-    x, t = torch.randn(2, 4, 8, 8, device=device), torch.tensor([3, 500], device=device)
+    x = torch.randn(2, model.in_channels, *model.input_size, device=device)
+    t = torch.tensor([3, 500], device=device)
     y = torch.tensor([1, 2], device=device)
     for _ in range(2):
         create_diffusion("").training_losses(model, x, t, {"y": y})["loss"].mean().backward()
@@ -221,18 +195,101 @@ def test_a_step_waits_for_nothing() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def run_alone(function: Callable[[], None], **environment: str) -> None:
+    """In a process of its own: what a broken capture leaves of torch would be the next test's, too."""
+    name = function.__name__
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests.sampling.test_graphs import {name}\n{name}()"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def first_call() -> None:
+    both(make_model("cuda"), [1, 2])
+
+
 @pytest.mark.gpu
 def test_the_first_call_of_a_process(tmp_path: Path) -> None:
     """G10: no kernel is compiled or loaded inside of a capture."""
-    code = (
-        "from tests.sampling.test_graphs import both, make_model\n"
-        "both(make_model('cuda'), [1, 2])\n"
-    )
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone(first_call, TRITON_CACHE_DIR=str(tmp_path))
+
+
+class OutOfMemory(CudaGraph):
+    """After the warm-ups the device gives no more memory; the pool of a graph would be new memory throughout."""
+
+    def __init__(
+        self, function: Callable[[], None], reset: Callable[[], None], device: torch.device
+    ) -> None:
+        calls: list[bool] = []
+
+        def filling() -> None:
+            calls.append(torch.cuda.is_current_stream_capturing())
+            function()
+            if len(calls) == WARM_UPS:
+                torch.cuda.set_per_process_memory_fraction(0.0, device)
+
+        try:
+            super().__init__(filling, reset, device)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        raise AssertionError(f"it had memory enough: {calls}")
+
+
+def out_of_memory() -> None:
+    model = make_model("cuda")
+    other = Sampler(model, steps=STEPS, cuda_graph=True)
+    both(model, [3], other)  # with it comes what torch keeps for the generators of all graphs
+    sampler = Sampler(model, steps=STEPS)
+    stream = torch.cuda.current_stream()
+    with patch.object(Engine, "capture", OutOfMemory):
+        with pytest.warns(UserWarning, match="recording a step failed: ") as said:
+            out = draw(sampler, [1, 2])
+        assert sum("recording a step failed" in str(each.message) for each in said) == 1
+        with pytest.raises(RuntimeError):
+            draw(Sampler(model, steps=STEPS, cuda_graph=True), [1, 2])
+    assert torch.cuda.current_stream() == stream
+    assert not graphs(sampler)
+    torch.cuda.empty_cache()
+    assert_same_bits("fallback", out, stepwise(model, [1, 2]))
+    both(model, [1, 2], sampler)
+    assert len(graphs(sampler)) == 1
+    both(model, [3], other)
+    train(model)
+
+
+@pytest.mark.gpu
+def test_out_of_memory_in_a_capture() -> None:
+    """G11, G12: the allocator's own error. Single steps go on; the next call records; what was recorded is replayed."""
+    run_alone(out_of_memory)
+
+
+def not_permitted() -> None:
+    model = make_model("cuda")
+    stream = torch.cuda.current_stream()
+    plain = DiT.forward_modulated
+
+    def waiting(self: DiT, x: Tensor, modulations: Tensor) -> Tensor:
+        out = plain(self, x, modulations)
+        out.sum().item()
+        return out
+
+    with (
+        patch.object(DiT, "forward_modulated", waiting),
+        pytest.warns(UserWarning, match="recording a step failed: "),
+    ):
+        out = draw(Sampler(model, steps=STEPS), [1, 2])
+    assert torch.cuda.current_stream() == stream
+    assert_same_bits("fallback", out, stepwise(model, [1, 2]))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_is_not_permitted() -> None:
+    """G12: a step that waits for the device, after which CUDA refuses to end the capture, too."""
+    run_alone(not_permitted)
 
 
 @pytest.mark.gpu
@@ -276,6 +333,7 @@ def test_release_gives_the_memory_back() -> None:
     model = make_model("cuda")
     both(model, [1, 2])
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # else kept for every stream that there ever was
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     sampler = Sampler(model, steps=STEPS, cuda_graph=True)
@@ -284,8 +342,39 @@ def test_release_gives_the_memory_back() -> None:
     sampler.release()
     del sampler
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + (4 << 20)
+
+
+def most_memory(model: DiT, cuda_graph: bool, decode: Callable[[Tensor], Tensor]) -> int:
+    """Bytes that the allocator held at most while images were drawn and decoded, beside what it held before."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # else kept for every stream that there ever was
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    sampler = Sampler(model, steps=STEPS, cuda_graph=cuda_graph)
+    with torch.no_grad():
+        decode(draw(sampler, [i % 10 for i in range(512)], batch_size=512))
+    most = torch.cuda.max_memory_reserved() - before
+    sampler.release()
+    return most
+
+
+@pytest.mark.gpu
+def test_memory_left_for_a_decoder() -> None:
+    """G24: a graph keeps what a block of single steps needs, and no more; all else can be decoded with."""
+    model = make_model("cuda")
+    decoder = nn.Sequential(
+        nn.ConvTranspose2d(4, 64, 4, stride=4), nn.SiLU(), nn.Conv2d(64, 3, 3, padding=1)
+    ).cuda()
+    drawing = most_memory(model, False, lambda images: images)
+    single = most_memory(model, False, decoder)
+    by_graph = most_memory(model, True, decoder)
+    assert single > drawing
+    # The allocator takes large memory in pieces of 20 MiB: at most one begun in a graph's pool, and one beside it.
+    assert by_graph <= single + drawing + (40 << 20)
 
 
 class Devices:
@@ -316,8 +405,9 @@ class Devices:
 def test_the_device_of_the_model_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """G26: launches, captures and replays go to the current device, whatever their tensors say."""
     devices = Devices()
-    for name in ("CUDAGraph", "Stream", "current_stream"):
+    for name in ("CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: devices)
+    monkeypatch.setattr(graphs_module, "_stream", lambda _: devices)
     monkeypatch.setattr(torch.cuda, "device", devices.device)
     entered = nullcontext()
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: devices.note() and entered)
@@ -331,8 +421,9 @@ def test_the_device_of_the_model_is_made_the_current_one(monkeypatch: pytest.Mon
 
 def test_captures_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """To begin one waits for the whole device, which is not allowed while another thread captures."""
-    for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "graph"):
+    for name in ("CUDAGraph", "current_stream", "device", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(graphs_module, "_stream", MagicMock())
     first, second = threading.Event(), threading.Event()
     overlapped: list[bool] = []
 
@@ -383,3 +474,38 @@ def test_models_captured_in_several_threads() -> None:
 def test_a_model_on_another_device() -> None:
     """G26."""
     both(make_model("cuda:1"), [1, 2], cfg_scale=2.0)
+
+
+@pytest.mark.parametrize("when", ["begin", "end"])
+def test_a_capture_that_raises_leaves_the_callers_stream(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """G12: torch does not go back to it where a capture cannot be begun, or, having been made invalid, not be ended."""
+    for name in ("CUDAGraph", "device"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    side, callers = MagicMock(), MagicMock()
+    current = [callers]
+
+    @contextmanager
+    def stream(to: Any) -> Iterator[None]:
+        before, current[0] = current[0], to
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(*_: Any, stream: Any, **__: Any) -> Iterator[None]:
+        current[0] = stream
+        if when == "begin":
+            raise RuntimeError("out of memory")
+        yield
+        raise RuntimeError("invalid")
+
+    monkeypatch.setattr(graphs_module, "_stream", lambda *_: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError):
+        CudaGraph(lambda: None, lambda: None, torch.device("cuda", 0))
+    assert current == [callers]

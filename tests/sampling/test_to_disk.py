@@ -211,6 +211,82 @@ def test_nothing_is_captured_while_images_are_decoded(model: DiT, tmp_path: Path
     CAPTURING.release()
 
 
+class Drawing:
+    """How many blocks of 4 steps were begun."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps, self.more, plain = 0, threading.Condition(), DiT.forward_modulated
+
+        def counting(model: DiT, x: Tensor, modulations: Tensor) -> Tensor:
+            with self.more:
+                self.steps += 1
+                self.more.notify_all()
+            return plain(model, x, modulations)
+
+        monkeypatch.setattr(DiT, "forward_modulated", counting)
+
+    def begun(self, block: int) -> bool:
+        """Whether the drawing of `block` begins; waits for it, but for no longer than any machine may take."""
+        with self.more:
+            return self.more.wait_for(lambda: self.steps > 4 * block, timeout=30)
+
+
+def test_the_next_block_is_drawn_while_one_is_decoded(
+    model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = Drawing(monkeypatch)
+    waited: list[bool] = []
+
+    def decode(images: Tensor) -> Tensor:
+        # The first waits for the drawing of the second, and so on; after the last one comes none.
+        waited.append(drawing.begun(min(len(waited) + 1, 3)))
+        return images
+
+    draw(model, tmp_path / "x.npz", decode=decode)
+    assert waited == [True] * 4
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as opened:
+        assert np.array_equal(opened["arr_0"], expected(model))
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("where", ["decoded", "written"])
+def test_an_error_beside_the_drawing(
+    model: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, block: int
+) -> None:
+    """While the next block is drawn, and after the last one: it comes out, and a second start draws what is missing."""
+    draw(model, tmp_path / "whole.npz")
+    with monkeypatch.context() as patch:
+        drawing = Drawing(patch)
+        decoded: list[int] = []
+        save = np.save
+
+        def decode(images: Tensor) -> Tensor:
+            decoded.append(len(images))
+            if len(decoded) == block + 1:
+                assert drawing.begun(min(block + 1, 3))
+                if where == "decoded":
+                    raise Killed
+            return images
+
+        def half(file: Any, array: np.ndarray, **options: Any) -> None:
+            if len(decoded) == block + 1:
+                file.write(b"half")
+                raise Killed
+            save(file, array, **options)
+
+        patch.setattr(np, "save", half)
+        with pytest.raises(Killed):
+            draw(model, tmp_path / "x.npz", decode=decode)
+    assert not (tmp_path / "x.npz").exists()
+    left = sorted(path.name for path in (tmp_path / "x.npz.parts").iterdir())
+    assert left == [*(f"{b:08d}.npy" for b in range(block)), "plan.json"]
+    decoded = []
+    draw(model, tmp_path / "x.npz", decode=lambda images: decoded.append(len(images)) or images)
+    assert decoded == [3, 3, 3, 1][block:]
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.npz", "x.npz"]
+
+
 def test_weights_digest(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for the same weights, another one for any that differ in a bit."""
     model.register_buffer("extra", torch.tensor([True, False]), persistent=False)
