@@ -13,6 +13,8 @@ import fastdit
 from .helpers import fill_native, watch_kernels
 
 
+# First, before they are counted.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """No kernel computes in float64: that cases of a kernel in float64 are refused has a test of its own."""
     items[:] = [item for item in items if not _is_kernel_in_float64(item)]
