@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,3 +63,12 @@ def graphs(sampler: Sampler) -> list[Any]:
         for _, recorded in engine.recorded.values()
         for graph in recorded.values()
     ]
+
+
+def overlap(threads: Sequence[threading.Thread], within: threading.Event) -> None:
+    """Runs two threads, of which the second starts when the first is `within` something."""
+    threads[0].start()
+    assert within.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()

@@ -28,7 +28,7 @@ from fastdit.sampling.sample import _turn
 from fastdit.sampling.samplers import make_steps
 from fastdit.testing import assert_close, assert_same_bits, assert_trajectory_close
 
-from .helpers import STEPS, device_of, draw, graphs, make_model, stepwise
+from .helpers import STEPS, device_of, draw, graphs, make_model, overlap, stepwise
 from .recording import NoSync, Recording
 
 CPU = torch.device("cpu")
@@ -533,11 +533,7 @@ def test_samplers_of_one_model_take_turns(monkeypatch: pytest.MonkeyPatch, model
         out[name] = stepwise(model, [1, 2])
 
     threads = [threading.Thread(target=run, args=(name,), name=name) for name in ("one", "second")]
-    threads[0].start()
-    assert first.wait(60)
-    threads[1].start()
-    for thread in threads:
-        thread.join()
+    overlap(threads, first)
     assert overlapped == [False]
     for name in ("one", "second"):
         assert_same_bits(name, out[name], expected)

@@ -27,7 +27,7 @@ from fastdit.sampling.engine import Engine
 from fastdit.sampling.graphs import WARM_UPS, CudaGraph
 from fastdit.testing import assert_same_bits
 
-from .helpers import STEPS, both, device_of, draw, graphs, make_model, stepwise
+from .helpers import STEPS, both, device_of, draw, graphs, make_model, overlap, stepwise
 
 ROOT = Path(__file__).parents[2]
 
@@ -436,11 +436,7 @@ def test_captures_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaGraph(function, lambda: None, torch.device("cuda", 0))
 
     threads = [threading.Thread(target=capture, args=(each,)) for each in (waiting, second.set)]
-    threads[0].start()
-    assert first.wait(60)
-    threads[1].start()
-    for thread in threads:
-        thread.join()
+    overlap(threads, first)
     assert overlapped == [False]
     assert second.is_set()
 

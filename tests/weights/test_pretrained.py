@@ -55,6 +55,12 @@ def assert_same_model(out: DiT, expected: DiT) -> None:
         assert_same_bits(name, out.state_dict()[name], value)
 
 
+def describe(model: DiT, folder: Path) -> None:
+    """What a run writes beside its weights."""
+    rest: dict[str, Any] = {"classes": [], "diffusion": {}, "images": {}}
+    (folder / "model.json").write_text(json.dumps({"format": 1, "model": model.config, **rest}))
+
+
 def training_checkpoint(path: Path) -> tuple[DiT, DiT]:
     """What the original's train.py writes; the model and its average."""
     model, ema = make_model(1), make_model(2)
@@ -110,14 +116,7 @@ def test_a_folder_of_save_pretrained(tmp_path: Path) -> None:
 
 def test_several_averages(tmp_path: Path) -> None:
     model, ema, slow = make_model(1), make_model(2), make_model(3)
-    description = {
-        "format": 1,
-        "model": model.config,
-        "classes": [],
-        "diffusion": {},
-        "images": {},
-    }
-    (tmp_path / "model.json").write_text(json.dumps(description))
+    describe(model, tmp_path)
     for name, one in {"model": model, "ema": ema, "ema-0.99999": slow}.items():
         save_weights(one, tmp_path / f"{name}.safetensors")
     for which, one in {"model": model, "ema": ema, "ema:0.99999": slow}.items():
@@ -127,14 +126,7 @@ def test_several_averages(tmp_path: Path) -> None:
 def test_weights_that_are_not_what_the_checkpoint_wrote(tmp_path: Path) -> None:
     """Files of two checkpoints in one folder load without a fault, and are no model that was ever trained."""
     model, other = make_model(1), make_model(2)
-    description = {
-        "format": 1,
-        "model": model.config,
-        "classes": [],
-        "diffusion": {},
-        "images": {},
-    }
-    (tmp_path / "model.json").write_text(json.dumps(description))
+    describe(model, tmp_path)
     for name in ("model", "ema"):
         save_weights(model, tmp_path / f"{name}.safetensors")
     write_manifest(tmp_path, {})
