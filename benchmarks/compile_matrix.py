@@ -45,6 +45,7 @@ from benchmarks.measure import (
     say,
     timed,
     times_faster,
+    wait_for,
 )
 from benchmarks.results import Row, environment_of, write_rows
 from fastdit import reference
@@ -232,11 +233,6 @@ class WallClock:
             self.run()
         wait_for(self.device)
         return (time.perf_counter() - start) / self.steps
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def graphs() -> int:

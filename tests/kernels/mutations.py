@@ -14,6 +14,7 @@ them, and nothing of fastdit.
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1394,6 +1396,19 @@ def misplaced(mutations: Iterable[Mutation]) -> list[str]:
         if count != 1:
             found.append(f"{mutation.name}: {mutation.file} holds the text {count} times, not once")
     return found
+
+
+def assert_fits(mutations: Sequence[Mutation]) -> None:
+    """What is to be replaced is there once, what comes of it is Python, and the tests that are named exist."""
+    assert misplaced(mutations) == []
+    assert [name for name, count in Counter(m.name for m in mutations).items() if count > 1] == []
+    for mutation in mutations:
+        source = (ROOT / mutation.file).read_text()
+        ast.parse(source.replace(mutation.old, mutation.new), mutation.name)
+        assert mutation.new != mutation.old, mutation.name
+        for test in mutation.tests:
+            file, _, name = test.partition("::")
+            assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), test
 
 
 def run_all(

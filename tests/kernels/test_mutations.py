@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.mutations import MUTATIONS, ROOT, Mutation, misplaced
+from tests.kernels.mutations import MUTATIONS, ROOT, Mutation, assert_fits, misplaced
 
 FOLDER = Path(__file__).parent
 ROWS = "kernels/rows.py"
@@ -25,16 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_list_fits_the_source() -> None:
-    """What is to be replaced is there once, what comes of it is Python, and the tests that are named exist."""
-    assert misplaced(MUTATIONS) == []
-    assert [name for name, count in Counter(m.name for m in MUTATIONS).items() if count > 1] == []
-    for mutation in MUTATIONS:
-        source = (ROOT / mutation.file).read_text()
-        ast.parse(source.replace(mutation.old, mutation.new), mutation.name)
-        assert mutation.new != mutation.old, mutation.name
-        for test in mutation.tests:
-            file, name = re.match(r"(.*\.py)::(\w+)", test).groups()
-            assert f"def {name}(" in (ROOT / file).read_text(), test
+    assert_fits(MUTATIONS)
 
 
 def test_every_kernel_is_mutated() -> None:

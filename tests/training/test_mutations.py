@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
-from tests.kernels.mutations import ROOT, misplaced
+from tests.kernels.mutations import ROOT, assert_fits
 from tests.training.mutations import MUTATIONS
 
 
@@ -20,16 +17,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_list_fits_the_source() -> None:
-    """What is to be replaced is there once, what comes of it is Python, and the test that is named exists."""
-    assert misplaced(MUTATIONS) == []
-    assert [name for name, count in Counter(m.name for m in MUTATIONS).items() if count > 1] == []
-    for mutation in MUTATIONS:
-        source = (ROOT / mutation.file).read_text()
-        ast.parse(source.replace(mutation.old, mutation.new), mutation.name)
-        assert mutation.new != mutation.old, mutation.name
-        (test,) = mutation.tests
-        file, name = re.match(r"(.*\.py)::(\w+)", test).groups()
-        assert f"def {name}(" in (ROOT / file).read_text(), test
+    assert_fits(MUTATIONS)
+    assert {len(mutation.tests) for mutation in MUTATIONS} == {1}
 
 
 def test_the_first_mutation_is_killed() -> None:
