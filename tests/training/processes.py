@@ -310,7 +310,8 @@ def state_of(folder: Path) -> dict[str, Any]:
 def _strike(do: str) -> None:
     if do == "raise":
         raise OSError(errno.EIO, "injected")
-    os.kill(os.getpid(), getattr(signal, f"SIG{do.upper()}"))
+    # To this thread: to the process it would be taken by any other, and a stop lets this one run on until it is.
+    signal.pthread_kill(threading.get_ident(), getattr(signal, f"SIG{do.upper()}"))
 
 
 def _in_name(wanted: str, path: Any) -> bool:
