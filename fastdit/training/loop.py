@@ -580,7 +580,8 @@ class Trainer:
         self.summed = 0
         if self.reporter is None:
             return
-        self.reporter.log(record)
+        with self._going_on("WRITTEN"):
+            self.reporter.log(record)
         loss = "not finite" if means["loss"] is None else f"{means['loss']:.4f}"
         told = f"loss {loss}, {speed:,.0f} images/s"
         if bar.disable:
@@ -601,7 +602,7 @@ class Trainer:
         """samples/step-XXXXXXXX.png from the averaged weights, one column for each of the first ten classes."""
         if not self.pictures or (self.world.rank and not self.sharded):
             return
-        with self._off_the_clock(), self._going_on():
+        with self._off_the_clock(), self._going_on("DRAWN"):
             columns = min(len(self.dataset.classes), 10)
             with self._autocast():
                 images = sample(
@@ -625,12 +626,12 @@ class Trainer:
             save_grid(to_uint8(images), path, columns=columns)
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A picture that cannot be drawn ends no run."""
+    def _going_on(self, done: str) -> Iterator[None]:
+        """A picture that cannot be drawn, or a line of metrics that cannot be written, ends no run."""
         try:
             yield
         except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-            self._tell(f"NOT DRAWN, the run goes on: {error}")
+            self._tell(f"NOT {done}, the run goes on: {error}")
 
     def _draw_loss_curve(self) -> None:
         if self.world.rank or not self.pictures:
@@ -639,7 +640,7 @@ class Trainer:
         records = [record for record in records if record["loss"] is not None]
         if not records:
             return
-        with self._off_the_clock(), self._going_on():
+        with self._off_the_clock(), self._going_on("DRAWN"):
             title = f"{_name(self.config)}, {_parameters(self.model)}"
             plots.draw_loss_curve(records, self.folder / "loss.png", title)
 

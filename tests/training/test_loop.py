@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import DiT, create_diffusion, from_pretrained
+from fastdit import DiT, create_diffusion, files, from_pretrained
 from fastdit.data import Digits
 from fastdit.data.sampler import EpochBatchSampler, derived_seed
 from fastdit.files import read_json
@@ -724,6 +724,25 @@ def test_checkpoint_that_cannot_be_written_is_only_told_where_that_is_asked_for(
     assert "No space left" in out
     assert checkpoints(run) == ["step-00000002", "step-00000006"]
     assert len(_losses(run)) == 6
+
+
+def test_metrics_that_cannot_be_written_are_told_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = files.append_jsonl
+
+    def append(path: Path, line: dict[str, Any]) -> None:
+        if line["step"] == 3:
+            raise OSError(28, "No space left on device")
+        original(path, line)
+
+    monkeypatch.setattr(files, "append_jsonl", append)
+    run = train(tiny(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert out.count("NOT WRITTEN, the run goes on: [Errno 28] No space left on device") == 1
+    assert "step 3 of 4: loss" in out
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 4]
+    assert checkpoints(run) == ["step-00000002", "step-00000004"]
 
 
 def test_space_is_looked_for_before_anything_is_written(
