@@ -22,12 +22,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from tests import interpreter
 from tests.counts import GPU_TESTS
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # its thread could hold tqdm's lock when a test forks
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.correct()
 

@@ -106,9 +106,11 @@ def _remove_if_stale(lock: Path) -> None:
     try:
         turn.mkdir()
     except FileExistsError:
+        until = time.monotonic() + HEARTBEAT
         with suppress(FileNotFoundError):
-            if time.time() - turn.stat().st_mtime > HEARTBEAT:  # of one that was killed in it
-                turn.rmdir()
+            while time.time() - turn.stat().st_mtime < HEARTBEAT and time.monotonic() < until:
+                time.sleep(0.01)
+            turn.rmdir()  # of one that was killed in it
         return
     try:
         if _read(lock) != holder or (stale := _renamed(lock)) is None:
@@ -209,7 +211,8 @@ def _keep_alive(lock: Path, own: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(HEARTBEAT):
         try:
             if _read(lock) == own:
-                os.utime(lock / "holder.json")
+                with suppress(FileNotFoundError):  # taken over since
+                    os.utime(lock / "holder.json")
         except OSError as error:
             warnings.warn(f"{lock}: {error}", stacklevel=2)
 

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,28 +185,21 @@ def test_lock_that_somebody_else_took_over_is_left_to_him(tmp_path: Path) -> Non
 def test_process_that_stood_still_neither_writes_nor_holds_for_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT", 0.01)
+    # Its thread has no beat: one that has seen its own lock would touch the other's, or find none.
+    monkeypatch.setattr(module, "HEARTBEAT", 1e6)
     with run_lock(tmp_path) as require_held:
         require_held()
+        own = json.loads((tmp_path / "run.lock" / "holder.json").read_text())
         (tmp_path / "run.lock").rename(tmp_path / "gone")
         other = held_by(tmp_path, host="elsewhere")
         os.utime(other, (0, 0))
         with pytest.raises(FileExistsError, match=r"on elsewhere .* took the run over while"):
             require_held()
-        beats: list[float] = []
-        monkeypatch.setattr(module, "_read", _counted(module._read, beats))
-        while len(beats) < 3:
-            time.sleep(0.001)
+        over = iter([False, False, True])
+        beats: Any = SimpleNamespace(wait=lambda _: next(over))
+        module._keep_alive(tmp_path / "run.lock", own, beats)
+        assert list(over) == []
         assert other.stat().st_mtime == 0, "the other's lock would never look abandoned"
-
-
-def _counted(read: Any, calls: list[float]) -> Any:
-    def counted(lock: Path) -> Any:
-        found = read(lock)
-        calls.append(0)
-        return found
-
-    return counted
 
 
 def test_a_run_that_was_taken_over_is_not_saved(tmp_path: Path) -> None:
@@ -239,7 +233,8 @@ def test_what_was_saved_while_waiting_is_resumed(
         hidden.rename(late)
         shutil.rmtree(out / "run.lock")
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    # Of this module alone: another thread that sleeps would have it happen too.
+    monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": sleep}))
     train(tiny(out, steps=6, auto_resume=True))
     assert steps_saved(out)[-1] == 6
 
@@ -266,7 +261,7 @@ def test_waiting_for_a_process_that_cannot_be_looked_at(
         if len(waited) == 3:
             os.utime(holder, (0, 0))
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": sleep}))
     module.wait_for_the_dead(tmp_path)
     assert len(waited) == 3
     with run_lock(tmp_path.joinpath("held").mkdir() or tmp_path / "held"):
@@ -299,6 +294,20 @@ def test_who_stands_still_while_taking_over_takes_nothing_from_who_was_faster(
     with pytest.raises(FileExistsError, match=r"on elsewhere .* trains in it"), run_lock(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_turn_of_one_that_was_killed_in_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be told from one that is at work, until it is old."""
+    held_by(tmp_path, pid=NO_PROCESS)
+    turn = tmp_path / ".tmp-run.lock-taken-over"
+    turn.mkdir()
+    age = module.HEARTBEAT - 0.2
+    os.utime(turn, (time.time() - age, time.time() - age))
+    monkeypatch.setattr(module, "PATIENCE", 3)
+    with pytest.warns(UserWarning, match="the run is taken over"), run_lock(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_lock_without_a_holder_is_taken(tmp_path: Path) -> None:
