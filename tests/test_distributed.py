@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from fastdit.distributed import world
 
 for turn in range(2):
-    with world(timeout=timedelta(seconds=100)) as found:
+    with world(timeout=timedelta(seconds=600)) as found:
         store, key = _get_default_store(), f"left by {found.rank}"
         print(found.gathered((turn, found.rank, store.check([key]))))
         store.set(key, "")
@@ -42,7 +42,7 @@ def test_a_process_can_enter_again() -> None:
     ]
     try:
         for child in children:
-            said, errors = child.communicate(timeout=120)
+            said, errors = child.communicate(timeout=600)
             turns = [[(turn, rank, False) for rank in range(2)] for turn in range(2)]
             assert said.splitlines() == [str(turn) for turn in turns], errors
     finally:

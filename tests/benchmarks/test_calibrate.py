@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -77,6 +78,14 @@ def rows_below(output: Path) -> list[dict[str, Any]]:
         assert row["value"] is None or row["value"] > 0
         assert (row["ratio"] is None) == (row["baseline"] is None)
     return rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_environment() -> Iterator[None]:
+    """Of all runs: midnight, or a file that changes, between two of them would be another folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "environment_of", functools.cache(calibrate.environment_of))
+        yield
 
 
 @pytest.fixture(scope="module")

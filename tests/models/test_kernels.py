@@ -366,9 +366,14 @@ def test_two_processes(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            with process:
+                process.kill()
     for kind, depth in (("", 1), ("sharded-", 2)):
         model = small("cpu", depth=depth)
         model(*inputs(model, "cpu", n=4)).square().mean().backward()

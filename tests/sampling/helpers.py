@@ -68,7 +68,7 @@ def graphs(sampler: Sampler) -> list[Any]:
 def overlap(threads: Sequence[threading.Thread], within: threading.Event) -> None:
     """Runs two threads, of which the second starts when the first is `within` something."""
     threads[0].start()
-    assert within.wait(60)
+    assert within.wait(600)
     threads[1].start()
     for thread in threads:
         thread.join()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -339,9 +338,28 @@ def test_processes_share_the_blocks(
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
-def command(folder: Path, out: str) -> list[str]:
+# The command, which after its first part waits to be killed: it would else be done before anybody has seen that part.
+ONE_PART = """
+import threading
+
+from fastdit.cli import main
+from fastdit.sampling import to_disk
+
+write = to_disk._Writer._write
+
+def write_and_wait(*block):
+    write(*block)
+    threading.Event().wait()
+
+to_disk._Writer._write = write_and_wait
+main()
+"""
+HANGING = 600  # seconds: longer than any machine may take
+
+
+def command(begin: list[str], folder: Path, out: str) -> list[str]:
     options = ["--num", "24", "--batch-size", "2", "--steps", "6", "--out", out]
-    return [sys.executable, "-m", "fastdit", "sample", str(folder), *options]
+    return [sys.executable, *begin, "sample", str(folder), *options]
 
 
 def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -371,33 +389,38 @@ def checkpoint(folder: Path, model: DiT) -> Path:
 
 
 def test_two_real_processes_killed_and_started_again(model: DiT, tmp_path: Path) -> None:
-    """As torchrun starts them; the first time both are killed once some parts are there."""
+    """As torchrun starts them; the first time both are killed once each has written a part."""
     pytest.importorskip("tyro")
     folder = checkpoint(tmp_path / "model", model)
-    arguments = command(folder, "x.npz")
 
-    def both(shared: dict[str, str]) -> list[subprocess.Popen[str]]:
+    def both(begin: list[str], shared: dict[str, str]) -> list[subprocess.Popen[str]]:
+        arguments = command(begin, folder, "x.npz")
         return [start(arguments, tmp_path, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
 
+    def kill(processes: list[subprocess.Popen[str]]) -> None:
+        for process in processes:
+            with process:
+                process.kill()
+
     _first_store, shared = rendezvous(2)
-    processes = both(shared)
+    processes = both(["-c", ONE_PART], shared)
     try:
         parts = tmp_path / "x.npz.parts"
-        until = time.monotonic() + 120
-        while len(list(parts.glob("0*.npy"))) < 2 and time.monotonic() < until:
-            assert (
-                all(process.poll() is None for process in processes)
-                or (tmp_path / "x.npz").exists()
-            )
+        until = time.monotonic() + HANGING
+        while len(list(parts.glob("0*.npy"))) < 2:
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < until
             time.sleep(0.01)
     finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        kill(processes)
     _second_store, shared = rendezvous(2)
-    for process in both(shared):
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    processes = both(["-m", "fastdit"], shared)
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=HANGING)
+            assert process.returncode == 0, said
+    finally:
+        kill(processes)
     one = sample(
         model,
         [i % 4 for i in range(24)],

@@ -287,10 +287,10 @@ def test_threads_do_not_take_each_others_safe_globals(
     def loading(*arguments: Any, **options: Any) -> Any:
         if threading.current_thread() is second:
             second_came.set()
-            assert first_left.wait(60)
+            assert first_left.wait(600)
         else:
             second.start()
-            assert second_came.wait(60)
+            assert second_came.wait(600)
         return load(*arguments, **options)
 
     monkeypatch.setattr(torch, "load", loading)
@@ -1100,7 +1100,7 @@ def test_no_file_fills_the_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", CHILD, *(str(tmp_path / name) for name in reasons)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=Path(reading.__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
