@@ -140,7 +140,8 @@ class TrainConfig:
     keep_checkpoints: int | None = 3
     """How many of the newest checkpoints are kept. None keeps all."""
     on_save_error: Literal["error", "warn"] = "error"
-    """What to do where a checkpoint cannot be written, as on a full disk: end the run, or go on and say so."""
+    """What to do where a checkpoint cannot be written, as on a full disk: end the run, or go on and say so. Metrics and
+    pictures that cannot be written are only told."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run folder."""
     wandb: str | None = None

@@ -289,59 +289,55 @@ def test_more_than_two_are_resumed_bit_for_bit(way: str, runs: Runs) -> None:
     assert_same_run(runs.finish("run", resume=True, **options), whole, 8)
 
 
+# The command, of which the second process is killed before it has been restarted.
+KILLED_ONCE = """
+import os
+import signal
+
+from fastdit.cli import main
+from fastdit.training.loop import Trainer
+
+update = Trainer._update
+
+def killed_once(self, x0, y):
+    if self.step == 50 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, x0, y)
+
+Trainer._update = killed_once
+main()
+"""
+
+
 @pytest.mark.slow
-def test_restarted_by_torchrun(runs: Runs, undisturbed: dict[str, Path]) -> None:
+def test_restarted_by_torchrun(runs: Runs) -> None:
     """`torchrun --max-restarts=1`, one of whose processes is killed once."""
-    out = runs.folder / "run"
-    options = processes.options_of(out, parallel="ddp", steps=300, checkpoint_every=20)
+    pytest.importorskip("tyro")
+    options = processes.options_of(runs.folder, parallel="ddp", steps=80, checkpoint_every=20)
     del options["more_ema_decays"], options["out"]
     arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"),
-        *("--standalone", "-m", "fastdit", "train", *arguments, "--auto-resume"),
-    ]
-    pytest.importorskip("tyro")
 
-    def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*command, *more, f"--out={folder}"],
+    def run(name: str, *program: str) -> str:
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+        train = ["train", *arguments, "--auto-resume", f"--out={runs.folder / name}"]
+        ended = subprocess.run(
+            [sys.executable, *torchrun, "--standalone", "--no-python", sys.executable, *program, *train],
             env={**os.environ, "PYTHONPATH": str(processes.ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
+            timeout=600,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stdout
+        return ended.stdout
 
-    agent = start(out)
-    end = time.monotonic() + 300
-    while not (out / "checkpoints").exists() or len(steps_saved(out)) < 2:
-        assert agent.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    os.kill(worker_of(agent.pid, rank=1), signal.SIGKILL)
-    said, _ = agent.communicate(timeout=300)
-    assert agent.returncode == 0, said
-    whole = start(runs.folder / "whole")
-    told, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, told
-    a, b = (state_of(folder_of(runs.folder / name, 300)) for name in ("run", "whole"))
+    said = run("run", "-c", KILLED_ONCE)
+    assert said.count(f"{runs.folder / 'run'}, step ") == 2, said
+    assert said.count(", step 0 of 80") == 1, said
+    run("whole", "-m", "fastdit")
+    a, b = (state_of(folder_of(runs.folder / name, 80)) for name in ("run", "whole"))
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    assert metrics(out) == metrics(runs.folder / "whole")
-
-
-def worker_of(agent: int, rank: int) -> int:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if parent == agent and f"RANK={rank}".encode() in environment:
-                return int(entry.name)
-    raise AssertionError(f"no process of rank {rank} below {agent}")
-
-
-# ------------------------------------------------------------------ stopped
+    assert metrics(runs.folder / "run") == metrics(runs.folder / "whole")
 
 
 @pytest.mark.parametrize(
