@@ -340,6 +340,9 @@ def test_restarted_by_torchrun(runs: Runs) -> None:
     assert metrics(runs.folder / "run") == metrics(runs.folder / "whole")
 
 
+# ------------------------------------------------------------------ stopped
+
+
 @pytest.mark.parametrize(
     ("way", "number"),
     [
